@@ -1,0 +1,1 @@
+"""From files to `Batch`: sources, order, packing, images, tokens, loader."""

@@ -1,0 +1,1 @@
+"""Launching, DeepSpeed and the optimizer. The only package that imports deepspeed."""

@@ -1,0 +1,28 @@
+"""Errors a user can act on.
+
+Every error says what is wrong (with the value), where (file:line and key, shard and key, rank) and what would be
+right. The command line prints an `NvlmError` without a traceback and exits with 2; anything else is a bug and keeps
+its traceback and exit code 1.
+"""
+
+from __future__ import annotations
+
+
+class NvlmError(Exception):
+    """Something the user can put right; the message is all that is shown."""
+
+
+class RecipeError(NvlmError):
+    """A recipe that cannot be read, is not valid, or does not fit the run directory it names."""
+
+
+class DataError(NvlmError):
+    """A data file, a sample or an image that cannot be used."""
+
+
+class CheckpointError(NvlmError):
+    """Weights or a checkpoint that are missing, damaged or do not fit the model."""
+
+
+class SetupError(NvlmError):
+    """The environment: launcher variables, devices, packages, disk space."""

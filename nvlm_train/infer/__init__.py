@@ -1,0 +1,1 @@
+"""Use after training: generate and evaluate."""

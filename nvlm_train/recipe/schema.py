@@ -1,0 +1,423 @@
+"""Every key of a recipe: its type, its default, what it does, and whether it may change on resume.
+
+Defaults live here and nowhere else. `resume` of a key says what a later start of the same run may do with it:
+
+    free   may differ: it changes where, how fast or how visibly the run goes, never its trajectory
+    ask    may differ with `--accept KEY`: length, schedule and data, which users extend on purpose
+    fixed  is refused with the diff: the trajectory depends on it
+
+Imports neither torch nor deepspeed, so that checking a recipe takes under a second on a login node.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Resume = Literal["free", "ask", "fixed"]
+
+
+def key(default: Any = ..., *, doc: str, resume: Resume = "fixed", path: bool = False, **limits: Any) -> Any:
+    """A recipe key. `doc` is its one documentation; `path` keys expand `~` and `${VAR}`; `limits` are pydantic's."""
+    extra = {"resume": resume, "path": path}
+    return Field(default, description=doc, json_schema_extra=extra, **limits)
+
+
+class Section(BaseModel):
+    """A mapping of a recipe: unknown keys refused, types exact (no "1" for 1), never changed after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+def _integers_are_numbers(value: Any) -> Any:
+    """`lr: 1` means 1.0; `lr: "1"` and `lr: true` stay errors."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Number = Annotated[float, BeforeValidator(_integers_are_numbers)]
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+VISION_PRESETS: dict[str, dict[str, Any]] = {
+    # InternViT-6B-448px-V1-5 as in the published config.json; 5,536,496,000 parameters
+    "internvit_6b_448px_v1_5": dict(
+        hidden_size=3200, intermediate_size=12800, num_hidden_layers=45, num_attention_heads=25, image_size=448,
+        patch_size=14, layer_norm_eps=1e-6,
+    ),
+}  # fmt: skip
+
+LANGUAGE_MODEL_PRESETS: dict[str, dict[str, Any]] = {
+    "qwen2_0_5b_instruct": dict(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True,
+    ),
+    "qwen2_1_5b_instruct": dict(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True,
+    ),
+    "qwen2_7b_instruct": dict(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152064,
+    ),
+    "qwen2_72b_instruct": dict(
+        hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+        vocab_size=152064,
+    ),
+}  # fmt: skip
+
+
+def _fill_from_preset(presets: dict[str, dict[str, Any]]) -> BeforeValidator:
+    def fill(value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"preset": value}
+        if isinstance(value, dict) and value.get("preset") in presets:
+            return {**presets[value["preset"]], **value}
+        return value
+
+    return BeforeValidator(fill)
+
+
+class Vision(Section):
+    """The vision tower: InternViT with learned positions, class token, QK-RMSNorm over the full width, LayerScale."""
+
+    preset: Literal["internvit_6b_448px_v1_5"] | None = key(
+        None, doc="Sizes of a published tower; single sizes given beside it win."
+    )
+    hidden_size: int = key(doc="Width E of the tower.", gt=0)
+    intermediate_size: int = key(doc="Width of its feed-forward layers.", gt=0)
+    num_hidden_layers: int = key(doc="Number of transformer layers; all are used.", gt=0)
+    num_attention_heads: int = key(doc="Number of real attention heads (25 for the 6B tower, padding not counted).", gt=0)
+    image_size: int = key(doc="Edge of a tile in pixels.", gt=0)
+    patch_size: int = key(doc="Edge of a patch in pixels.", gt=0)
+    layer_norm_eps: Number = key(1e-6, doc="Epsilon of the tower's RMSNorms.", gt=0)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Vision:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.image_size % (2 * self.patch_size):
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of 2 x patch_size {self.patch_size}: "
+                "the pixel shuffle joins patches two by two"
+            )
+        return self
+
+
+class Projector(Section):
+    """LayerNorm, Linear, GELU, Linear from the shuffled patches (4 x vision width) to the decoder's width."""
+
+    layer_norm_eps: Number = key(1e-5, doc="Epsilon of the input LayerNorm; the published code has 1e-5.", gt=0)
+    initializer_std: Number = key(
+        0.014, doc="Standard deviation of a new projector's weights; 0.014 in the released scripts.", gt=0
+    )
+
+
+class LanguageModel(Section):
+    """The decoder: Qwen2 (grouped-query attention, q/k/v biases, RoPE, SwiGLU, RMSNorm)."""
+
+    preset: Literal["qwen2_0_5b_instruct", "qwen2_1_5b_instruct", "qwen2_7b_instruct", "qwen2_72b_instruct"] | None = key(
+        None, doc="Sizes of a published decoder; single sizes given beside it win."
+    )
+    hidden_size: int = key(doc="Width D of the decoder.", gt=0)
+    intermediate_size: int = key(doc="Width F of its feed-forward layers; also the projector's hidden width.", gt=0)
+    num_hidden_layers: int = key(doc="Number of transformer layers.", gt=0)
+    num_attention_heads: int = key(doc="Number N of query heads.", gt=0)
+    num_key_value_heads: int = key(doc="Number K of key/value heads.", gt=0)
+    vocab_size: int = key(doc="Rows of the embedding, padding rows included.", gt=0)
+    tie_word_embeddings: bool = key(False, doc="Whether the output head is the embedding matrix.")
+    rms_norm_eps: Number = key(1e-6, doc="Epsilon of the RMSNorms.", gt=0)
+    rope_theta: Number = key(1000000.0, doc="Base of the rotary position frequencies.", gt=0)
+    max_position_embeddings: int = key(32768, doc="Longest sample the decoder is made for, in tokens.", gt=0)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> LanguageModel:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"head size {self.hidden_size // self.num_attention_heads} is odd: rotary positions turn pairs of channels"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+
+class Model(Section):
+    """The architecture and its sizes. Weights come from `init_from`."""
+
+    architecture: Literal["nvlm_d"] = key("nvlm_d", doc="nvlm_d: all image tokens enter the decoder's sequence.")
+    vision: Annotated[Vision, _fill_from_preset(VISION_PRESETS)] = key(doc="Vision tower: a preset's name or its sizes.")
+    projector: Projector = key(Projector(), doc="Projector between tower and decoder.")
+    language_model: Annotated[LanguageModel, _fill_from_preset(LANGUAGE_MODEL_PRESETS)] = key(
+        doc="Decoder: a preset's name or its sizes."
+    )
+
+
+class Weights(Section):
+    """A folder of weights and where it comes from."""
+
+    path: str = key(doc="Folder in the published format of this part, or a run directory.", resume="free", path=True)
+    license: str | None = key(None, doc="SPDX identifier or licence name; travels with every export.", resume="free")
+    source: str | None = key(None, doc="Where the weights come from, for example a model's page.", resume="free")
+
+
+def _path_alone(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+WeightsOrPath = Annotated[Weights, BeforeValidator(_path_alone)]
+
+
+class InitFrom(Section):
+    """Where a new run's weights come from. What nothing covers is initialised from the seed and listed."""
+
+    vision: WeightsOrPath | None = key(None, doc="InternViT folder (config.json and safetensors).")
+    language_model: WeightsOrPath | None = key(None, doc="Qwen2 folder (config.json and safetensors).")
+    run: WeightsOrPath | None = key(
+        None, doc="Run directory or RUN/step_N of ours: its trained modules replace those of the folders above."
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+class Tokenizer(Section):
+    """Tokenizer and chat format."""
+
+    path: str = key(
+        doc="Folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json.", path=True, resume="free"
+    )
+    template: Literal["nvlm_qwen2", "hf_nvlm"] = key(
+        "nvlm_qwen2",
+        doc="nvlm_qwen2: the stream the released Megatron code trains on (tags tokenised apart, a newline after "
+        "<|im_end|>, trained). hf_nvlm: the stream of the published chat() (tags merge with their neighbours).",
+        resume="ask",
+    )
+    system: str | None = key(
+        None,
+        doc="System text put before a sample that brings none. The released SFT uses 'Answer the questions.'",
+        resume="ask",
+    )
+
+
+class Tiling(Section):
+    """Dynamic high-resolution tiling (paper section 4.1): the grid nearest in aspect, plus a thumbnail."""
+
+    max_tiles: int = key(6, doc="Largest number of tiles an image is cut into, thumbnail not counted; 1: no tiling.", ge=1, le=12)
+    thumbnail: bool = key(True, doc="Whether an image of more than one tile is followed by a thumbnail of the whole.")
+    tags: Literal["one_d", "none"] = key(
+        "one_d", doc="one_d: <tile_k> before each tile, <tile_global_thumbnail> before the last. none: image tokens only."
+    )
+
+
+class Source(Section):
+    """One source of the mixture: a file of conversations."""
+
+    kind: Literal["jsonl"] = key("jsonl", doc="jsonl: one sample a line, with `messages` or `conversations`.", resume="ask")
+    path: str = key(doc="The file.", path=True, resume="free")
+    image_root: str | None = key(
+        None, doc="Folder that image paths are relative to; default: the file's own folder.", path=True, resume="free"
+    )
+    weight: Number = key(1.0, doc="Share of samples, relative to the other sources.", gt=0, resume="ask")
+    license: str | None = key(None, doc="Licence of the data; travels with every export.", resume="free")
+    source: str | None = key(None, doc="Where the data comes from.", resume="free")
+
+
+class Data(Section):
+    """What is trained on, and how it is cut and packed."""
+
+    mixture: dict[str, Source] = key(doc="The sources by name.", resume="ask", min_length=1)
+    tiling: Tiling = key(Tiling(), doc="How images are cut into tiles.", resume="ask")
+    max_tokens_per_sample: int = key(doc="A longer sample is handled by `overlong`.", gt=0, resume="ask")
+    pack_tokens: int = key(doc="Tokens in one pack: what one row of a micro batch holds.", gt=0, resume="ask")
+    overlong: Literal["drop", "fewer_tiles", "error"] = key(
+        "fewer_tiles",
+        doc="A sample longer than max_tokens_per_sample: drop it; cut its images into fewer tiles (6, 4, 2, 1) and "
+        "drop it only when that is not enough; or stop. Never cut through an image.",
+        resume="ask",
+    )
+    max_bad_share: Number = key(
+        0.01, doc="Unusable samples are dropped and counted; above this share of a source the run stops.", ge=0, le=1, resume="free"
+    )
+    num_threads: int = key(2, doc="Threads per rank that decode images and build packs.", ge=1, resume="free")
+    prefetch_steps: int = key(2, doc="Whole steps prepared ahead of the one in training.", ge=1, resume="free")
+    index_dir: str | None = key(
+        None, doc="Folder of the length index; default: OUTPUT_DIR/data_index.", path=True, resume="free"
+    )
+
+    @model_validator(mode="after")
+    def _sample_fits_pack(self) -> Data:
+        if self.max_tokens_per_sample > self.pack_tokens:
+            raise ValueError(
+                f"max_tokens_per_sample {self.max_tokens_per_sample} does not fit pack_tokens {self.pack_tokens}"
+            )
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+Mode = Literal["frozen", "full"]
+
+
+class Train(Section):
+    """Which modules are trained."""
+
+    vision: Mode = key("frozen", doc="The vision tower; frozen in every stage of the paper.")
+    projector: Mode = key("full", doc="The projector.")
+    language_model: Mode = key("full", doc="The decoder; frozen in the paper's pretraining.")
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Train:
+        if "full" not in (self.vision, self.projector, self.language_model):
+            raise ValueError("every module is frozen: nothing would be trained")
+        return self
+
+
+class GlobalBatch(Section):
+    """What one optimizer step is made of. Gradient accumulation follows from it and is never set."""
+
+    samples: int = key(doc="Samples in one optimizer step, over all ranks; exact on any number of ranks.", gt=0)
+
+
+class ModuleLr(Section):
+    """Peak learning rates of single modules; those not named use `optimizer.lr`."""
+
+    vision: Number | None = key(None, doc="The vision tower's.", gt=0)
+    projector: Number | None = key(None, doc="The projector's.", gt=0)
+    language_model: Number | None = key(None, doc="The decoder's.", gt=0)
+
+
+class Optimizer(Section):
+    """AdamW. Weight decay is off for norms, biases and LayerScale."""
+
+    lr: Number = key(doc="Peak learning rate.", gt=0)
+    module_lr: ModuleLr = key(ModuleLr(), doc="Peak learning rates by module.")
+    betas: list[Number] = key([0.9, 0.95], doc="AdamW's two betas.", min_length=2, max_length=2)
+    eps: Number = key(1e-8, doc="AdamW's epsilon.", gt=0)
+    weight_decay: Number = key(0.1, doc="Decoupled weight decay.", ge=0)
+    max_grad_norm: Number = key(1.0, doc="Gradients are scaled down to this global norm; 0: never.", ge=0)
+
+
+class Schedule(Section):
+    """Learning rate over the run, a factor on every group's peak."""
+
+    name: Literal["cosine", "constant"] = key("cosine", doc="Shape after the warm-up.", resume="ask")
+    warmup_steps: int | float = key(
+        0, doc="Steps of linear warm-up from 0; a number below 1 is a share of max_steps.", ge=0, resume="ask"
+    )
+    min_lr: Number = key(0.0, doc="Where cosine ends, for `optimizer.lr`; other groups end at the same share.", ge=0, resume="ask")
+    decay_steps: int | None = key(
+        None, doc="Step at which min_lr is reached, warm-up included; default: max_steps.", gt=0, resume="ask"
+    )
+
+    @model_validator(mode="after")
+    def _warmup_is_a_count_or_a_share(self) -> Schedule:
+        if isinstance(self.warmup_steps, float) and self.warmup_steps >= 1:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is neither a whole number nor a share below 1")
+        return self
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO. The DeepSpeed configuration follows from the recipe; `recipe show` prints it."""
+
+    stage: Literal[0, 1, 2, 3] = key(3, doc="0 replicates all; 1 shards optimizer states, 2 gradients too, 3 weights too.", resume="free")
+    reduce_bucket_size: int = key(500_000_000, doc="Elements reduced at once.", gt=0, resume="free")
+    prefetch_bucket_size: int = key(50_000_000, doc="Elements gathered ahead (stage 3).", ge=0, resume="free")
+    param_persistence_threshold: int = key(100_000, doc="Parameters smaller than this stay gathered (stage 3).", ge=0, resume="free")
+    max_live_parameters: int = key(1_000_000_000, doc="Elements gathered at the same time (stage 3).", ge=0, resume="free")
+    max_reuse_distance: int = key(1_000_000_000, doc="Keep a parameter that is used again within so many elements (stage 3).", ge=0, resume="free")
+    communication_data_type: Literal["fp32", "bf16"] = key("fp32", doc="Type in which gradients are reduced.", resume="fixed")
+
+
+class Checkpoint(Section):
+    """When the run is saved and what is kept."""
+
+    every_steps: int = key(500, doc="Steps between checkpoints; the last step is always saved.", gt=0, resume="free")
+    keep_last: int = key(2, doc="Newest checkpoints kept; the best one of validation is kept besides.", ge=1, resume="free")
+    signal: Literal["USR1", "USR2"] = key(
+        "USR2", doc="Signal that means: finish the step, save, exit 0 (SIGTERM and SIGINT always do).", resume="free"
+    )
+
+
+class EarlyStop(Section):
+    """Stop when validation no longer improves."""
+
+    patience: int = key(doc="Validations without improvement before the run stops.", ge=1, resume="ask")
+
+
+class Validation(Section):
+    """Held-out loss. Changes nothing in training but where `early_stop` ends it."""
+
+    every_steps: int = key(500, doc="Steps between validations; the last step is always validated.", gt=0, resume="free")
+    sources: dict[str, Source] = key({}, doc="Sources of their own, by name.", resume="free")
+    held_out_share: Number = key(
+        0.0, doc="Share of every source of the mixture kept out of training, chosen by a hash of the sample.", ge=0, lt=1, resume="fixed"
+    )
+    max_samples: int = key(512, doc="Samples used per source, the first in file order.", gt=0, resume="free")
+    best: str | None = key(
+        None, doc="Source whose loss marks the best checkpoint; default: the mean over all trained tokens.", resume="free"
+    )
+    early_stop: EarlyStop | None = key(None, doc="Stop when the loss that marks the best no longer improves.", resume="ask")
+
+
+class Log(Section):
+    """What is shown and recorded. metrics.jsonl in the run directory is always written."""
+
+    every_steps: int = key(1, doc="Steps between lines of metrics.jsonl and of the console.", gt=0, resume="free")
+    to: list[Literal["wandb", "tensorboard"]] = key([], doc="Besides: wandb, tensorboard.", resume="free")
+    wandb_project: str = key("nvlm_train", doc="Project name for wandb.", resume="free")
+
+
+class Recipe(Section):
+    """A whole run, as it was written."""
+
+    run_name: str = key(doc="Name of the run.", resume="free", pattern=r"^[A-Za-z0-9._-]+$")
+    output_dir: str = key(doc="Run directory: checkpoints, metrics, logs.", path=True, resume="free")
+    seed: int = key(1234, doc="Seed of data order, initialisation and every random draw.", ge=0)
+    license: str | None = key(None, doc="Licence of the trained weights, if you state one.", resume="free")
+    model: Model = key(doc="Architecture and sizes.")
+    init_from: InitFrom = key(InitFrom(), doc="Weights to start from.", resume="free")
+    tokenizer: Tokenizer = key(doc="Tokenizer and chat format.")
+    data: Data = key(doc="Mixture, tiling and packing.")
+    train: Train = key(Train(), doc="Which modules are trained.")
+    global_batch: GlobalBatch = key(doc="What one optimizer step is made of.")
+    micro_batch_size: int = key(1, doc="Packs per rank in one forward and backward.", gt=0, resume="free")
+    max_steps: int = key(doc="Optimizer steps of the run.", gt=0, resume="ask")
+    optimizer: Optimizer = key(doc="AdamW and its learning rates.")
+    schedule: Schedule = key(Schedule(), doc="Learning-rate schedule.", resume="ask")
+    precision: Literal["bf16", "fp32"] = key("bf16", doc="Type of weights and activations; master weights are fp32.")
+    activation_checkpointing: Literal["none", "full"] = key(
+        "none", doc="full: recompute each decoder layer in the backward pass.", resume="free"
+    )
+    vision_tiles_per_chunk: int = key(
+        16, doc="Tiles that go through the tower at once, so that memory does not grow with tiles.", gt=0, resume="free"
+    )
+    kernels: Literal["auto", "torch"] = key("auto", doc="auto: the fastest that runs here. torch: plain PyTorch.", resume="free")
+    zero: Zero = key(Zero(), doc="DeepSpeed ZeRO.", resume="free")
+    checkpoint: Checkpoint = key(Checkpoint(), doc="Saving.", resume="free")
+    validation: Validation | None = key(None, doc="Held-out loss; absent: none.", resume="fixed")
+    log: Log = key(Log(), doc="Console, wandb, tensorboard.", resume="free")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Recipe:
+        if self.data.max_tokens_per_sample > self.model.language_model.max_position_embeddings:
+            raise ValueError(
+                f"data.max_tokens_per_sample {self.data.max_tokens_per_sample} is more than "
+                f"model.language_model.max_position_embeddings {self.model.language_model.max_position_embeddings}"
+            )
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
+        if self.validation is not None:
+            both = sorted(set(self.validation.sources) & set(self.data.mixture))
+            if both:
+                raise ValueError(f"validation.sources and data.mixture both name {both[0]!r}; names must differ")
+        return self
