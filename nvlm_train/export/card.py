@@ -1,0 +1,140 @@
+"""The model card (README.md) of an export: what the weights are, what they came from, and under which licences.
+
+Licences are taken from the recipe as recorded there and are never guessed: what is not stated is listed as not stated.
+A part whose licence forbids commercial use is named in the first lines, and an export may not carry a licence that
+says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nvlm_train.errors import CheckpointError
+
+_RESEARCH_ONLY = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?commercial|research", re.IGNORECASE)
+_HUB_NAME = re.compile(r"^(?:https?://huggingface\.co/)?([\w.-]+/[\w.-]+)/?$")
+
+
+class Part(NamedTuple):
+    """Something the weights derive from, as the recipe records it. kind: 'weights' or 'data'."""
+
+    kind: str
+    name: str
+    license: str | None
+    source: str | None
+
+
+def parts_of(recipe: dict[str, Any]) -> list[Part]:
+    """Weights and data named in a recipe (dictionary form), and those of the runs it started from, without repeats."""
+    parts: list[Part] = []
+    seen: set[Path] = set()
+    while True:
+        init_from = recipe.get("init_from") or {}
+        for name in ("vision", "language_model"):
+            if init_from.get(name):
+                parts.append(Part("weights", name, init_from[name].get("license"), init_from[name].get("source")))
+        for name, source in ((recipe.get("data") or {}).get("mixture") or {}).items():
+            parts.append(Part("data", name, source.get("license"), source.get("source")))
+        run = init_from.get("run")
+        if run:
+            parts.append(Part("weights", "run", run.get("license"), run.get("source") or Path(run["path"]).name))
+        earlier = _recipe_file_of_run(run["path"]) if run else None
+        if earlier is None or earlier in seen:
+            return list(dict.fromkeys(parts))
+        seen.add(earlier)
+        recipe = json.loads(earlier.read_text(encoding="utf-8"))["recipe"]
+
+
+def is_research_only(license: str | None) -> bool:
+    """Whether a licence's name says that commercial use is not allowed: `CC-BY-NC-4.0`, `research-only`."""
+    return license is not None and _RESEARCH_ONLY.search(license) is not None
+
+
+def license_of(recipe: dict[str, Any], parts: list[Part]) -> str | None:
+    """The licence the export may state: the recipe's own, else that of research-only weights, else None (not stated).
+
+    CheckpointError when the recipe states one that allows more than the weights it started from.
+    """
+    stated: str | None = recipe.get("license")
+    restricted = [part for part in parts if part.kind == "weights" and is_research_only(part.license)]
+    if stated is not None and restricted and not is_research_only(stated):
+        part = restricted[0]
+        raise CheckpointError(
+            f"recipe key license: {stated!r} allows more than init_from.{part.name}.license {part.license!r} does; "
+            f"weights derived from research-only weights stay research-only: state {part.license!r}"
+        )
+    return stated if stated is not None else (restricted[0].license if restricted else None)
+
+
+def model_card(recipe: dict[str, Any], *, step: int | None, recipe_hash: str | None, dtype: str) -> str:
+    """README.md of an export, with the metadata the Hub reads at its head."""
+    parts = parts_of(recipe)
+    license = license_of(recipe, parts)
+    research = [part for part in parts if is_research_only(part.license)]
+    name = str(recipe.get("run_name", "model"))
+    bases = [match.group(1) for part in parts if part.source and (match := _HUB_NAME.match(part.source))
+             if part.kind == "weights"]  # fmt: skip
+    spdx = license is not None and re.fullmatch(r"[A-Za-z0-9.+-]+", license) is not None
+    head = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    head += [f"license: {license.lower()}"] if license is not None and spdx else ["license: other"]
+    if not spdx:
+        head += [f"license_name: {json.dumps(license or 'not-stated')}"]
+    if bases:
+        head += ["base_model:"] + [f"- {base}" for base in dict.fromkeys(bases)]
+    head += ["tags:", "- nvlm", "- nvlm_d", "- nvlm_train", "---", ""]
+
+    body = [f"# {name}", ""]
+    if research:
+        body += [
+            "**Research only. Commercial use is not allowed**: "
+            + "; ".join(f"{part.kind} `{part.name}` is under {part.license}" for part in research)
+            + ".",
+            "",
+        ]
+    body += [
+        "An NVLM-D model (vision tower, projector and Qwen2 decoder) trained with nvlm_train, in the layout of the "
+        "published NVLM-D-72B. The tower's attention is stored with 7 all-zero heads behind the real ones.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoProcessor",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)',
+        'processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)',
+        'inputs = processor("What is this?", images=[image])',
+        "print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+        "```",
+        "",
+        "## Training",
+        "",
+        f"- recipe hash: {recipe_hash or 'not recorded'}",
+        f"- steps: {'not recorded' if step is None else step} of {recipe.get('max_steps', 'not recorded')}, "
+        f"{(recipe.get('global_batch') or {}).get('samples', 'an unrecorded number of')} samples each",
+        "- trained: " + _trained(recipe),
+        f"- weights exported as: {dtype}",
+        "",
+        "## What it derives from",
+        "",
+        "| kind | part | licence | source |",
+        "|---|---|---|---|",
+    ]
+    body += [
+        f"| {part.kind} | {part.name} | {part.license or 'not stated in the recipe'} | {part.source or 'not stated'} |"
+        for part in parts
+    ]
+    body += ["", f"Licence of these weights: {license or 'not stated; the parts above set the terms'}.", ""]
+    return "\n".join(head + body)
+
+
+def _trained(recipe: dict[str, Any]) -> str:
+    modes = recipe.get("train") or {}
+    return ", ".join(f"{module} {mode}" for module, mode in modes.items()) or "not recorded"
+
+
+def _recipe_file_of_run(path: str) -> Path | None:
+    for folder in (Path(path), Path(path).parent):
+        if (folder / "recipe.json").is_file():
+            return (folder / "recipe.json").resolve()
+    return None

@@ -1,0 +1,492 @@
+"""From a checkpoint to a Hugging Face folder in the published NVLM-D layout.
+
+Tensors go one by one from the checkpoint into the shards, so memory stays at about twice the largest tensor whatever
+the model's size. Everything is written into a hidden folder beside OUT, which gets its name only when it is complete.
+
+A tied output head is not written: config.json says `tie_word_embeddings: true`, as Qwen2's own small models do.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from nvlm_train.errors import CheckpointError, NvlmError, SetupError
+from nvlm_train.export import card, key_map
+from nvlm_train.log import get_logger
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from nvlm_train.model.pretrained import Weights
+    from nvlm_train.recipe.schema import Model
+
+log = get_logger(__name__)
+
+REMOTE_CODE = ("configuration_nvlm_d.py", "modeling_nvlm_d.py", "processing_nvlm_d.py")
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+CONTROL_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>", "pad": "<|endoftext|>", "image": "<|vision_pad|>"}
+IMAGE_MEAN = [0.485, 0.456, 0.406]  # ImageNet
+IMAGE_STD = [0.229, 0.224, 0.225]
+DTYPES = {"bf16": ("bfloat16", "BF16", 2), "fp32": ("float32", "F32", 4)}  # torch's name, safetensors' name, bytes
+_SPARE_BYTES = 64 * 2**20  # left free beside the weights for tokenizer and configuration files
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def export(
+    weights: Weights,
+    recipe: dict[str, Any],
+    out: str | Path,
+    *,
+    tokenizer_path: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int = "4GB",
+    step: int | None = None,
+    recipe_hash: str | None = None,
+) -> Path:
+    """Writes the model to the folder `out` and returns it.
+
+    weights: every tensor of the model by our names. recipe: as recipe_to_dict gives it. tokenizer_path: default the
+    recipe's. dtype: 'bf16' or 'fp32', default the recipe's precision. max_shard_size: bytes, or '4GB', '500MB', '2GiB';
+    a larger single tensor gets a shard of its own. step, recipe_hash: for the model card.
+
+    Raises CheckpointError for tensors that are missing, mis-shaped or not finite, an unusable tokenizer, or an `out`
+    that holds something; SetupError when the disk cannot hold the export. Nothing is left behind then.
+    """
+    out = Path(out)
+    model = key_map.model_from_recipe(recipe)
+    dtype = dtype or recipe.get("precision") or "bf16"
+    if dtype not in DTYPES:
+        raise CheckpointError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not an empty folder; name a new one, nothing is overwritten")
+    tokenizer_folder = Path(tokenizer_path or recipe["tokenizer"]["path"])
+    tokens = special_token_ids(tokenizer_folder, model.language_model.vocab_size)
+    readme = card.model_card(recipe, step=step, recipe_hash=recipe_hash, dtype=dtype)
+    shards = plan_shards(model, dtype, parse_size(max_shard_size))
+    _check_tensors(weights, model)
+    _check_space(out, sum(size for shard in shards for _, _, size in shard))
+
+    partial = out.parent / f".{out.name}.incomplete"
+    try:
+        if partial.exists():
+            log.info("removing %s, left by an interrupted export", partial)
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        _write_weights(weights, model, shards, partial, dtype)
+        _write_json(partial / "config.json", model_config(model, recipe, tokens, dtype))
+        _write_json(partial / "generation_config.json", generation_config(tokens))
+        _write_json(partial / "preprocessor_config.json", preprocessor_config(model))
+        _write_json(partial / "processor_config.json", processor_config(model, recipe))
+        _write_tokenizer(tokenizer_folder, partial, recipe)
+        for name in REMOTE_CODE:
+            shutil.copyfile(Path(__file__).with_name("remote_code") / name, partial / name)
+        (partial / "README.md").write_text(readme, encoding="utf-8")
+        for path in partial.iterdir():
+            _sync(path)
+        partial.replace(out)
+        _sync(out.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SetupError(f"no space left while writing {out}; nothing of it was kept") from None
+        raise
+    return out
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of '4GB', '500MB', '2GiB' or a number; CheckpointError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?|)B?", str(size).strip().upper())
+    value = int(float(match.group(1)) * _UNITS[match.group(2)]) if match else 0
+    if value <= 0:
+        raise CheckpointError(f"--max-shard-size {size!r} is not a size; right would be 4GB, 500MB or 2GiB")
+    return value
+
+
+def plan_shards(model: Model, dtype: str, max_shard_bytes: int) -> list[list[tuple[str, tuple[int, ...], int]]]:
+    """The tensors of each shard in model order: (our name, published shape, bytes). A shard never exceeds the limit
+    unless a single tensor does."""
+    shards: list[list[tuple[str, tuple[int, ...], int]]] = [[]]
+    used = 0
+    for name, shape in key_map.our_shapes(model).items():
+        shape = key_map.published_shape(name, shape, model.vision)
+        size = DTYPES[dtype][2]
+        for length in shape:
+            size *= length
+        if shards[-1] and used + size > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append((name, shape, size))
+        used += size
+    return shards
+
+
+# ------------------------------------------------------------------------------------------------ configuration files
+
+
+def model_config(model: Model, recipe: dict[str, Any], tokens: dict[str, int], dtype: str) -> dict[str, Any]:
+    """config.json, key by key as the published one, by hand: what transformers 5 writes is misread by version 4.
+
+    rope_theta stays at the top level of llm_config and rope_scaling is left out (the published value is ignored by some
+    readers and obeyed by others).
+    """
+    vision, lm, tiling = model.vision, model.language_model, recipe["data"]["tiling"]
+    torch_dtype = DTYPES[dtype][0]
+    return {
+        "architectures": ["NVLM_D"],
+        "model_type": "NVLM_D",
+        "auto_map": {
+            "AutoConfig": "configuration_nvlm_d.NVLM_D_Config",
+            "AutoModel": "modeling_nvlm_d.NVLM_D_Model",
+            "AutoModelForCausalLM": "modeling_nvlm_d.NVLM_D_Model",
+        },
+        "torch_dtype": torch_dtype,
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": tiling["max_tiles"] > 1,
+        "force_image_size": vision.image_size,
+        "image_token_id": tokens["image"],
+        "max_dynamic_patch": tiling["max_tiles"],
+        "min_dynamic_patch": 1,
+        "projector_layer_norm_eps": model.projector.layer_norm_eps,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": "chatml",
+        "tie_word_embeddings": lm.tie_word_embeddings,
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+        "use_thumbnail": tiling["thumbnail"],
+        "vision_config": {
+            "architectures": ["InternVisionModel"],
+            "model_type": "intern_vit_6b",
+            "attention_dropout": 0.0,
+            "drop_path_rate": 0.0,
+            "dropout": 0.0,
+            "hidden_act": "gelu",
+            "hidden_size": vision.hidden_size,
+            "image_size": vision.image_size,
+            "initializer_factor": 0.1,
+            "initializer_range": 0.02,
+            "intermediate_size": vision.intermediate_size,
+            "layer_norm_eps": vision.layer_norm_eps,
+            "norm_type": "rms_norm",
+            "num_attention_heads": vision.num_attention_heads,
+            "num_channels": 3,
+            "num_dummy_heads": key_map.NUM_DUMMY_HEADS,
+            "num_hidden_layers": vision.num_hidden_layers,
+            "patch_size": vision.patch_size,
+            "qk_normalization": True,
+            "qkv_bias": False,
+            "torch_dtype": torch_dtype,
+        },
+        "llm_config": {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "attention_dropout": 0.0,
+            "bos_token_id": tokens["pad"],
+            "eos_token_id": tokens["im_end"],
+            "hidden_act": "silu",
+            "hidden_size": lm.hidden_size,
+            "initializer_range": 0.02,
+            "intermediate_size": lm.intermediate_size,
+            "max_position_embeddings": lm.max_position_embeddings,
+            "max_window_layers": lm.num_hidden_layers,
+            "num_attention_heads": lm.num_attention_heads,
+            "num_hidden_layers": lm.num_hidden_layers,
+            "num_key_value_heads": lm.num_key_value_heads,
+            "pad_token_id": tokens["pad"],
+            "rms_norm_eps": lm.rms_norm_eps,
+            "rope_theta": lm.rope_theta,
+            "tie_word_embeddings": lm.tie_word_embeddings,
+            "torch_dtype": torch_dtype,
+            "use_cache": True,
+            "use_sliding_window": False,
+            "vocab_size": lm.vocab_size,
+        },
+    }
+
+
+def generation_config(tokens: dict[str, int]) -> dict[str, Any]:
+    """generation_config.json: greedy, as the published model is evaluated; stops at <|im_end|> or <|endoftext|>."""
+    return {
+        "bos_token_id": tokens["pad"],
+        "do_sample": False,
+        "eos_token_id": [tokens["im_end"], tokens["pad"]],
+        "pad_token_id": tokens["pad"],
+    }
+
+
+def preprocessor_config(model: Model) -> dict[str, Any]:
+    """preprocessor_config.json as published: one tile. Cutting an image into tiles is processing_nvlm_d.py's work."""
+    return {
+        "crop_size": model.vision.image_size,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+        "resample": 3,
+        "size": model.vision.image_size,
+    }
+
+
+def processor_config(model: Model, recipe: dict[str, Any]) -> dict[str, Any]:
+    """processor_config.json: how images and prompts were prepared in training, read by processing_nvlm_d.py."""
+    tiling, tokenizer = recipe["data"]["tiling"], recipe["tokenizer"]
+    return {
+        "auto_map": {"AutoProcessor": "processing_nvlm_d.NVLM_D_Processor"},
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+        "image_token": CONTROL_TOKENS["image"],
+        "image_tokens_per_tile": (model.vision.image_size // model.vision.patch_size // 2) ** 2,
+        "max_tiles": tiling["max_tiles"],
+        "prompt_template": tokenizer["template"],
+        "system": tokenizer["system"],
+        "thumbnail": tiling["thumbnail"],
+        "tile_size": model.vision.image_size,
+        "tile_tags": tiling["tags"],
+    }
+
+
+def chat_template(template: str, system: str | None) -> str:
+    """The Jinja chat template of a recipe preset: ChatML with the recipe's system text put first where there is none.
+
+    nvlm_qwen2 ends each turn in a newline, hf_nvlm does not. Images are expanded by the processor, not here.
+    """
+    end = "<|im_end|>\\n" if template == "nvlm_qwen2" else "<|im_end|>"
+    lines = []
+    if system is not None:
+        quoted = json.dumps(system, ensure_ascii=False)
+        lines.append(
+            "{%- if not messages or messages[0]['role'] != 'system' %}"
+            f"{{{{- '<|im_start|>system\\n' + {quoted} + '{end}' }}}}"
+            "{%- endif %}"
+        )
+    lines.append(
+        "{%- for message in messages %}"
+        "{{- '<|im_start|>' + message['role'] + '\\n' }}"
+        "{%- if message['content'] is string %}{{- message['content'] }}"
+        "{%- else %}{%- for part in message['content'] %}"
+        "{{- part['text'] if part['type'] == 'text' else '<image>' }}"
+        "{%- endfor %}{%- endif %}"
+        f"{{{{- '{end}' }}}}"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    )
+    return "".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def special_token_ids(folder: Path, vocab_size: int) -> dict[str, int]:
+    """Ids of im_start, im_end, pad and image tokens in a tokenizer folder.
+
+    CheckpointError when there is no tokenizer, a token is missing, or an id lies beyond the embedding's vocab_size rows.
+    """
+    ids: dict[str, int] = {}
+    try:
+        if (folder / "tokenizer.json").is_file():
+            content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            vocabulary = content["model"]["vocab"]
+            ids.update(vocabulary if isinstance(vocabulary, dict) else {})
+            ids.update({token["content"]: token["id"] for token in content.get("added_tokens", [])})
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            ids.update(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+            settings = _tokenizer_settings(folder)
+            ids.update({token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()})
+        else:
+            raise CheckpointError(
+                f"{folder} holds no tokenizer; needed is tokenizer.json, or vocab.json with merges.txt and "
+                "tokenizer_config.json (recipe key tokenizer.path)"
+            )
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from None
+    missing = [token for token in CONTROL_TOKENS.values() if token not in ids]
+    if missing:
+        raise CheckpointError(f"the tokenizer in {folder} has no token {', '.join(missing)}; NVLM-D's format needs them")
+    largest = max(ids.values())
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has ids up to {largest}, but model.language_model.vocab_size is {vocab_size}: "
+            "it is not the tokenizer of this model"
+        )
+    return {role: ids[token] for role, token in CONTROL_TOKENS.items()}
+
+
+def _tokenizer_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return settings
+
+
+def _write_tokenizer(folder: Path, out: Path, recipe: dict[str, Any]) -> None:
+    """Copies the tokenizer's files; its configuration gets the chat template that this model was trained on."""
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    settings = _tokenizer_settings(folder)
+    fallback = "PreTrainedTokenizerFast" if (folder / "tokenizer.json").is_file() else "Qwen2Tokenizer"
+    settings.setdefault("tokenizer_class", fallback)
+    settings["chat_template"] = chat_template(recipe["tokenizer"]["template"], recipe["tokenizer"]["system"])
+    settings["eos_token"] = CONTROL_TOKENS["im_end"]
+    settings["pad_token"] = CONTROL_TOKENS["pad"]
+    settings.setdefault("bos_token", None)
+    settings.setdefault("clean_up_tokenization_spaces", False)
+    _write_json(out / "tokenizer_config.json", settings)
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def _check_tensors(weights: Weights, model: Model) -> None:
+    """CheckpointError listing every tensor that is missing, unexpected or mis-shaped, before anything is written."""
+    expected = key_map.our_shapes(model)
+    present = set(weights.names())
+    if model.language_model.tie_word_embeddings:
+        present.discard(key_map.LM_HEAD)
+    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in present]
+    problems += [f"unexpected: {name} ({weights.where(name)})" for name in sorted(present - set(expected))]
+    for name, shape in expected.items():
+        if name in present and tuple(weights.shape(name)) != shape:
+            problems.append(
+                f"shape: {name} is {list(weights.shape(name))} in {weights.where(name)}, the recipe's model needs {list(shape)}"
+            )
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise CheckpointError(f"the checkpoint does not hold the recipe's model:\n  {shown}")
+
+
+def _write_weights(
+    weights: Weights,
+    model: Model,
+    shards: list[list[tuple[str, tuple[int, ...], int]]],
+    folder: Path,
+    dtype: str,
+) -> None:
+    import torch
+    from tqdm import tqdm
+
+    torch_dtype: torch.dtype = getattr(torch, DTYPES[dtype][0])
+
+    def read(name: str) -> Tensor:
+        tensor = key_map.pad(name, weights.read(name).to(torch_dtype), model.vision)
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name} in {weights.where(name)} holds NaN or infinite values; such a model is not exported")
+        return tensor
+
+    total = sum(size for shard in shards for _, _, size in shard)
+    index: dict[str, str] = {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export", file=sys.stderr, leave=False) as progress:
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            with open(folder / file, "wb") as stream:
+                write_safetensors(stream, shard, DTYPES[dtype][1], read, progress.update)
+            index.update({key_map.to_published(name): file for name, _, _ in shard})
+    ordered = dict(sorted(index.items()))
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": ordered})
+
+
+def write_safetensors(
+    stream: BinaryIO,
+    tensors: list[tuple[str, tuple[int, ...], int]],
+    dtype: str,
+    read: Callable[[str], Tensor],
+    wrote: Callable[[int], object],
+) -> None:
+    """Writes a safetensors file one tensor at a time; the library's own writer needs all of them in memory.
+
+    The format: u64 length of the header, the header in JSON (padded with spaces to 8 bytes) with each tensor's dtype,
+    shape and byte range, then the tensors' little-endian bytes. Readers of transformers 4 insist on `format: pt`.
+    """
+    import torch
+
+    tensors = sorted(tensors, key=lambda item: key_map.to_published(item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape, size in tensors:
+        entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[key_map.to_published(name)] = entry
+        offset += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    stream.write(len(encoded).to_bytes(8, "little"))
+    stream.write(encoded)
+    for name, shape, size in tensors:
+        tensor = read(name)
+        if tuple(tensor.shape) != shape or tensor.nbytes != size:
+            raise CheckpointError(f"{name}: read {list(tensor.shape)} {tensor.dtype}, planned {list(shape)} in {size} bytes")
+        stream.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        wrote(size)
+
+
+def _check_space(out: Path, total: int) -> None:
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free, needed = shutil.disk_usage(parent).free, total + _SPARE_BYTES
+    if free < needed:
+        raise SetupError(
+            f"{parent} has {free / 1e9:.2f} GB free, the export to {out} needs {needed / 1e9:.2f} GB; "
+            "free some space or export elsewhere"
+        )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def export_command(args: Namespace) -> int:
+    """`nvlm-train export RUN[/step_N] OUT`: exports, then verifies unless --no-verify. Returns the exit code."""
+    from nvlm_train.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(args.run)
+    as_json = getattr(args, "json", False)
+    recipe_hash = checkpoint.state.get("recipe_hash")
+    out = export(
+        checkpoint,
+        checkpoint.recipe,
+        args.out,
+        dtype=getattr(args, "dtype", None),
+        max_shard_size=getattr(args, "max_shard_size", None) or "4GB",
+        step=checkpoint.step,
+        recipe_hash=recipe_hash,
+    )
+    size = sum(path.stat().st_size for path in out.iterdir())
+    log.info("exported step %d of %s to %s (%.1f MB)", checkpoint.step, args.run, out, size / 1e6)
+    if getattr(args, "no_verify", False):
+        if as_json:
+            print(json.dumps({"out": str(out), "step": checkpoint.step, "bytes": size, "verified": False}))
+        else:
+            print(f"{out}: step {checkpoint.step}, {size / 1e6:.1f} MB, not verified (--no-verify)")
+        return 0
+
+    from nvlm_train.export.verify import print_report, verify
+
+    report = verify(out, checkpoint)
+    print_report(report, as_json=as_json)
+    if not report["ok"]:
+        raise NvlmError(f"{out} was written but is not what the checkpoint holds: do not use it")
+    return 0

@@ -1,0 +1,201 @@
+"""Our tensor names and shapes <-> those of the published NVLM-D-72B repository, in both directions.
+
+Two things differ. The projector is called `mlp1` and numbered, and the vision tower's attention is stored with 7
+all-zero heads behind the real ones (25 + 7 = 32 in the 6B tower): its authors trained on 8-way tensor parallel and 25
+heads do not divide by 8. vLLM hard-codes those 7, so every tower is exported with them, whatever its size.
+
+With E the tower's width, d its head size and W = E + 7 d (3200, 128 and 4096 at full size):
+
+    attn.qkv.weight     ours [3E, E]   published [3W, E]   each third: E real rows, then 7 d zero rows
+    attn.q/k_norm.weight     [E]                 [W]       E real values, then zeros
+    attn.proj.weight         [E, E]              [E, W]    E real columns, then zeros
+
+A dummy head's scores are all zero and its values are zero, so it adds nothing. Five-element picture of one third of
+qkv with 2 real rows a, b and 1 dummy head of size 1:  ours a b,  published a b 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nvlm_train.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nvlm_train.recipe.schema import Model, Vision
+
+NUM_DUMMY_HEADS = 7
+
+_OURS_TO_PUBLISHED = {
+    "projector.norm.weight": "mlp1.0.weight",
+    "projector.norm.bias": "mlp1.0.bias",
+    "projector.fc1.weight": "mlp1.1.weight",
+    "projector.fc2.weight": "mlp1.3.weight",
+}
+_PUBLISHED_TO_OURS = {published: ours for ours, published in _OURS_TO_PUBLISHED.items()}
+_SAME_NAME = ("vision_model.", "language_model.")
+LM_HEAD = "language_model.lm_head.weight"
+EMBEDDING = "language_model.model.embed_tokens.weight"
+
+
+def to_published(name: str) -> str:
+    """The published name of our tensor `name`; CheckpointError for a name that is not ours."""
+    if name in _OURS_TO_PUBLISHED:
+        return _OURS_TO_PUBLISHED[name]
+    if name.startswith(_SAME_NAME):
+        return name
+    raise CheckpointError(
+        f"tensor {name!r} has no place in the published NVLM-D layout: names begin with vision_model., projector. or "
+        "language_model."
+    )
+
+
+def from_published(name: str) -> str:
+    """Our name of the published tensor `name`; CheckpointError for a name that is not in the layout."""
+    if name in _PUBLISHED_TO_OURS:
+        return _PUBLISHED_TO_OURS[name]
+    if name.startswith(_SAME_NAME):
+        return name
+    raise CheckpointError(
+        f"tensor {name!r} is not part of the published NVLM-D layout: names begin with vision_model., mlp1. or "
+        "language_model."
+    )
+
+
+def padded_width(vision: Vision) -> int:
+    """W, the attention width of the tower with its dummy heads; 4096 for the 6B tower."""
+    head_size = vision.hidden_size // vision.num_attention_heads
+    return vision.hidden_size + NUM_DUMMY_HEADS * head_size
+
+
+def our_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of our NvlmD, in the model's order; a tied output head is not listed.
+
+    72B: 1556 tensors with 78,863,416,704 elements.
+    """
+    vision, lm = model.vision, model.language_model
+    width, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
+    shapes: dict[str, tuple[int, ...]] = {
+        "vision_model.embeddings.class_embedding": (1, 1, width),
+        "vision_model.embeddings.position_embedding": (1, 1 + patches, width),
+        "vision_model.embeddings.patch_embedding.weight": (width, 3, vision.patch_size, vision.patch_size),
+        "vision_model.embeddings.patch_embedding.bias": (width,),
+    }
+    for i in range(vision.num_hidden_layers):
+        layer = f"vision_model.encoder.layers.{i}."
+        for vector in ("norm1.weight", "norm2.weight", "ls1", "ls2", "attn.q_norm.weight", "attn.k_norm.weight"):
+            shapes[layer + vector] = (width,)
+        shapes[layer + "attn.qkv.weight"] = (3 * width, width)
+        shapes[layer + "attn.proj.weight"] = (width, width)
+        shapes[layer + "attn.proj.bias"] = (width,)
+        shapes[layer + "mlp.fc1.weight"] = (vision.intermediate_size, width)
+        shapes[layer + "mlp.fc1.bias"] = (vision.intermediate_size,)
+        shapes[layer + "mlp.fc2.weight"] = (width, vision.intermediate_size)
+        shapes[layer + "mlp.fc2.bias"] = (width,)
+    shapes["projector.norm.weight"] = shapes["projector.norm.bias"] = (4 * width,)
+    shapes["projector.fc1.weight"] = (lm.intermediate_size, 4 * width)
+    shapes["projector.fc2.weight"] = (lm.hidden_size, lm.intermediate_size)
+
+    hidden, head_size = lm.hidden_size, lm.hidden_size // lm.num_attention_heads
+    key_value = lm.num_key_value_heads * head_size
+    shapes[EMBEDDING] = (lm.vocab_size, hidden)
+    for i in range(lm.num_hidden_layers):
+        layer = f"language_model.model.layers.{i}."
+        for projection, rows in (("q", hidden), ("k", key_value), ("v", key_value)):
+            shapes[f"{layer}self_attn.{projection}_proj.weight"] = (rows, hidden)
+            shapes[f"{layer}self_attn.{projection}_proj.bias"] = (rows,)
+        shapes[layer + "self_attn.o_proj.weight"] = (hidden, hidden)
+        shapes[layer + "mlp.gate_proj.weight"] = (lm.intermediate_size, hidden)
+        shapes[layer + "mlp.up_proj.weight"] = (lm.intermediate_size, hidden)
+        shapes[layer + "mlp.down_proj.weight"] = (hidden, lm.intermediate_size)
+        shapes[layer + "input_layernorm.weight"] = (hidden,)
+        shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
+    shapes["language_model.model.norm.weight"] = (hidden,)
+    if not lm.tie_word_embeddings:
+        shapes[LM_HEAD] = (lm.vocab_size, hidden)
+    return shapes
+
+
+def published_shape(name: str, shape: tuple[int, ...], vision: Vision) -> tuple[int, ...]:
+    """The published shape of our tensor `name` of `shape`."""
+    width = padded_width(vision)
+    kind = _padded_kind(name)
+    if kind == "qkv":
+        return (3 * width, shape[1])
+    if kind == "norm":
+        return (width,)
+    if kind == "proj":
+        return (shape[0], width)
+    return shape
+
+
+def pad(name: str, tensor: Tensor, vision: Vision) -> Tensor:
+    """Our tensor `name` as published: the dummy heads appended as zeros where it is part of the tower's attention."""
+    import torch
+
+    kind = _padded_kind(name)
+    extra = padded_width(vision) - vision.hidden_size  # 7 d
+    if kind == "qkv":
+        thirds = tensor.reshape(3, vision.hidden_size, tensor.shape[1])  # [3, E, E]
+        return torch.nn.functional.pad(thirds, (0, 0, 0, extra)).reshape(-1, tensor.shape[1])  # [3W, E]
+    if kind in ("norm", "proj"):
+        return torch.nn.functional.pad(tensor, (0, extra))  # [W] or [E, W]
+    return tensor
+
+
+def unpad(name: str, tensor: Tensor, vision: Vision) -> Tensor:
+    """The published tensor `name` (our name) without its dummy heads: the inverse of `pad`.
+
+    Says nothing about what the dummy heads held; `check_dummy_heads` does.
+    """
+    kind = _padded_kind(name)
+    real = vision.hidden_size
+    if kind == "qkv":
+        thirds = tensor.reshape(3, padded_width(vision), tensor.shape[1])  # [3, W, E]
+        return thirds[:, :real].reshape(3 * real, tensor.shape[1])  # [3E, E]
+    if kind in ("norm", "proj"):
+        return tensor[..., :real].contiguous()  # [E] or [E, E]
+    return tensor
+
+
+def check_dummy_heads(layer: str, qkv: Tensor, proj: Tensor, vision: Vision) -> None:
+    """CheckpointError unless the dummy heads of a published layer add nothing to its output.
+
+    layer: the name for the message. qkv: [3W, E] and proj: [E, W] as published. A channel of a dummy head is harmless
+    when its value row or its projection column is zero; query and key rows do not matter.
+    """
+    width, real = padded_width(vision), vision.hidden_size
+    values = qkv.reshape(3, width, -1)[2, real:]  # [7d, E]
+    columns = proj[:, real:]  # [E, 7d]
+    harmful = (values != 0).any(dim=1) & (columns != 0).any(dim=0)  # [7d]
+    if bool(harmful.any()):
+        raise CheckpointError(
+            f"{layer}: {int(harmful.sum())} of {width - real} channels of the dummy attention heads (behind the "
+            f"{vision.num_attention_heads} real ones) hold non-zero values and non-zero projection columns, so cutting "
+            "them off would change the tower; they must be zero in one of the two"
+        )
+
+
+def model_from_recipe(recipe: dict[str, Any]) -> Model:
+    """The model section of a recipe in dictionary form; CheckpointError when this version cannot read it."""
+    from pydantic import ValidationError
+
+    from nvlm_train.recipe.schema import Model
+
+    try:
+        return Model.model_validate(recipe["model"])
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(f"the checkpoint's recipe has no `model` section that this version can read: {error}") from None
+
+
+def _padded_kind(name: str) -> str | None:
+    if not name.startswith("vision_model.encoder.layers."):
+        return None
+    if name.endswith(".attn.qkv.weight"):
+        return "qkv"
+    if name.endswith((".attn.q_norm.weight", ".attn.k_norm.weight")):
+        return "norm"
+    if name.endswith(".attn.proj.weight"):
+        return "proj"
+    return None
