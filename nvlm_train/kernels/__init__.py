@@ -1,0 +1,103 @@
+"""Which implementation of each op runs where, and why.
+
+`KERNELS[op][name]` says when an implementation can run and how it is loaded; the implementations live in one file per
+op and are imported only when they are used, so that choosing costs no import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+from nvlm_train.errors import SetupError
+
+TORCH = "torch"  # the plain PyTorch implementation that every op has
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an op.
+
+    entry: "module:function".
+    why: what speaks for it, printed with the choice.
+    obstacle: given a device type ("cpu", "cuda"), why it cannot run here, or None where it can.
+    """
+
+    entry: str
+    why: str
+    obstacle: Callable[[str], str | None]
+
+
+def _no_obstacle(device_type: str) -> str | None:
+    return None
+
+
+def _varlen_obstacle(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return f"runs on cuda only, this is {device_type}"
+    try:
+        module = importlib.import_module("torch.nn.attention.varlen")
+    except ImportError:
+        return "this torch has no torch.nn.attention.varlen"
+    return None if hasattr(module, "varlen_attn") else "this torch's torch.nn.attention.varlen has no varlen_attn"
+
+
+# In order of preference; `auto` takes the first that can run.
+KERNELS: dict[str, dict[str, Kernel]] = {
+    "attention": {
+        "varlen": Kernel(
+            "nvlm_train.kernels.attention:varlen_attention",
+            "torch's variable-length flash attention (fp32 activations take torch)",
+            _varlen_obstacle,
+        ),
+        TORCH: Kernel("nvlm_train.kernels.attention:torch_attention", "plain PyTorch", _no_obstacle),
+    },
+}
+
+
+def select(choice: str, device_type: str) -> dict[str, tuple[str, str]]:
+    """The implementation of every op and the reason, for the first screen of a run.
+
+    choice: "auto" takes the first that can run; "torch" plain PyTorch; any other name is forced where an op has it.
+    device_type: "cpu" or "cuda".
+    Example: `select("auto", "cpu")` is
+        `{"attention": ("torch", "plain PyTorch; not varlen: runs on cuda only, this is cpu")}`.
+    Raises SetupError where a forced name is unknown or cannot run here.
+    """
+    return dict(_select(choice, device_type))
+
+
+@cache
+def _select(choice: str, device_type: str) -> MappingProxyType[str, tuple[str, str]]:
+    known = sorted({name for kernels in KERNELS.values() for name in kernels})
+    if choice != "auto" and choice not in known:
+        raise SetupError(f"kernels: {choice!r} is not known; known are auto, {', '.join(known)}")
+    chosen: dict[str, tuple[str, str]] = {}
+    for op, kernels in KERNELS.items():
+        if choice == "auto":
+            skipped: list[str] = []
+            for name, kernel in kernels.items():
+                obstacle = kernel.obstacle(device_type)
+                if obstacle is None:
+                    chosen[op] = (name, "; ".join([kernel.why, *skipped]))
+                    break
+                skipped.append(f"not {name}: {obstacle}")
+        else:
+            name = choice if choice in kernels else TORCH
+            obstacle = kernels[name].obstacle(device_type)
+            if obstacle is not None:
+                raise SetupError(f"kernels: {name!r} was asked for {op}, but {obstacle}; use auto or torch")
+            chosen[op] = (name, f"{kernels[name].why}; asked for" if name == choice else f"{op} has no {choice}")
+    return MappingProxyType(chosen)
+
+
+@cache
+def load(op: str, name: str) -> Callable[..., Any]:
+    """The function behind `KERNELS[op][name]`."""
+    module, function = KERNELS[op][name].entry.split(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded

@@ -1,0 +1,158 @@
+"""Attention inside segments: every token sees its own segment only (and, causal, nothing after itself).
+
+    out[i] = sum_j softmax_j(q_i . k_j / sqrt(H)) v_j      j over the segment of i (causal: j <= i)
+
+Two implementations with one signature: `torch_attention` anywhere, `varlen_attention` on CUDA. Query head n reads
+key/value head n // (N // K). Nothing of another segment enters a result or a gradient, not even with weight 0.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of `x` to rows `places` of a zero tensor; every place is used at most once, so backward is a plain read."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, places, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return grads[0].index_select(0, places), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Rows `places` of `x`; the inverse of `_Spread`. torch's own index_select adds up row by row in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        grad = grads[0]
+        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, places, grad), None
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
+    """[G, M, N, H] x [G, M, K, H] -> [G, M, N, H]: every row of the first dimension on its own."""
+    repeats = q.shape[2] // k.shape[2]
+    if repeats > 1:
+        k = k.repeat_interleave(repeats, dim=2)  # [G, M, N, H]
+        v = v.repeat_interleave(repeats, dim=2)  # [G, M, N, H]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal and mask is None
+    )  # [G, N, M, H]
+    return out.transpose(1, 2)  # [G, M, N, H]
+
+
+def length_classes(lengths: list[int]) -> list[list[int]]:
+    """Which segments share one padded call: those whose lengths lie within a factor of two.
+
+    One class where padding all to the longest costs less than half more tokens than there are.
+    Example: [30, 3, 20, 500] -> [[1], [0, 2], [3]]; [30, 28, 31] -> [[0, 1, 2]]. Empty segments are in no class.
+    """
+    filled = [i for i, length in enumerate(lengths) if length]
+    if filled and len(filled) * max(lengths) <= 1.5 * sum(lengths):
+        return [filled]
+    classes: dict[int, list[int]] = {}
+    for i in filled:
+        classes.setdefault((lengths[i] - 1).bit_length(), []).append(i)
+    return [classes[size] for size in sorted(classes)]
+
+
+def torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool = True
+) -> Tensor:
+    """Packed attention with torch's scaled_dot_product_attention.
+
+    Segments are laid out as rows padded on the right, [segments, longest, heads, H], one call per length class: a
+    causal token never looks to its right, where the padding is. Reads `cu_seqlens` on the host.
+
+    q: [B, S, N, H]; k, v: [B, S, K, H]; cu_seqlens: i32[G+1], see `Batch`; max_seqlen: longest segment (not needed).
+    Returns [B, S, N, H] in q's type.
+    """
+    rows, length = q.shape[:2]
+    bounds = cu_seqlens.tolist()
+    lengths = [end - begin for begin, end in pairwise(bounds)]
+    classes = length_classes(lengths)
+    if len(classes) == 1 and len({lengths[i] for i in classes[0]}) == 1:  # all equally long: nothing to pad
+        shape = (len(classes[0]), lengths[classes[0][0]])
+        q, k, v = (x.reshape(*shape, *x.shape[2:]) for x in (q, k, v))  # [G, M, heads, H]
+        out = _dense(q, k, v, causal)  # [G, M, N, H]
+        return out.reshape(rows, length, *q.shape[2:])  # [B, S, N, H]
+
+    flat = [x.reshape(rows * length, *x.shape[2:]) for x in (q, k, v)]  # [B*S, heads, H]
+    pieces, tokens = [], []
+    for members in classes:
+        longest = max(lengths[i] for i in members)
+        starts = torch.tensor([bounds[i] for i in members]).unsqueeze(1)  # [G, 1]
+        own = torch.tensor([lengths[i] for i in members]).unsqueeze(1)  # [G, 1]
+        steps = torch.arange(longest).unsqueeze(0)  # [1, M]
+        real = steps < own  # [G, M]
+        places = real.flatten().nonzero().squeeze(1).to(q.device)  # [tokens of the class], rows of the padded layout
+        source = (starts + steps)[real].to(q.device)  # [tokens of the class], rows of the flat layout
+        padded = [
+            _Spread.apply(x if len(classes) == 1 else _Collect.apply(x, source), places, real.numel()).unflatten(
+                0, (len(members), longest)
+            )
+            for x in flat
+        ]  # [G, M, heads, H]
+        # Padding queries also need a key (softmax over nothing is NaN): the mask is on keys only.
+        mask = None if causal else real[:, None, None, :].to(q.device)  # [G, 1, 1, M]
+        out = _dense(padded[0], padded[1], padded[2], causal, mask)  # [G, M, N, H]
+        pieces.append(_Collect.apply(out.flatten(0, 1), places))  # [tokens of the class, N, H]
+        tokens.append(source)
+    if len(classes) == 1:
+        return pieces[0].unflatten(0, (rows, length))  # [B, S, N, H]
+    joined = _Spread.apply(torch.cat(pieces), torch.cat(tokens), rows * length)  # [B*S, N, H]
+    return joined.unflatten(0, (rows, length))  # [B, S, N, H]
+
+
+@cache
+def _varlen_options() -> tuple[Any, frozenset[str]]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool = True
+) -> Tensor:
+    """Packed attention with `torch.nn.attention.varlen.varlen_attn` (flash attention; bf16 and fp16 only).
+
+    Same arguments and result as `torch_attention`, which it hands other types to. The call is made after the
+    signature found: releases differ (`is_causal` or `window_size`, with and without `enable_gqa`).
+    """
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return torch_attention(q, k, v, cu_seqlens, max_seqlen, causal)
+    varlen_attn, parameters = _varlen_options()
+    options: dict[str, Any] = {}
+    if "is_causal" in parameters:
+        options["is_causal"] = causal
+    elif "window_size" in parameters:
+        options["window_size"] = (-1, 0) if causal else (-1, -1)
+    else:  # cannot be told to be causal: better slow than wrong
+        return torch_attention(q, k, v, cu_seqlens, max_seqlen, causal)
+    repeats = q.shape[2] // k.shape[2]
+    if repeats > 1 and "enable_gqa" in parameters:
+        options["enable_gqa"] = True
+    elif repeats > 1:
+        k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)  # [B, S, N, H]
+    flat = [x.flatten(0, 1) for x in (q, k, v)]  # [B*S, heads, H]
+    out = varlen_attn(*flat, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)  # [B*S, N, H]
+    return out.unflatten(0, q.shape[:2])  # [B, S, N, H]

@@ -1,0 +1,75 @@
+"""Attention and what tower and decoder share around it: RMSNorm and rotary positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nvlm_train import kernels
+
+
+class RMSNorm(nn.Module):
+    """`weight * (x / sqrt(mean(x^2) + eps))` over the last dimension, in fp32, cast back *before* the multiplication.
+
+    The order is that of transformers' Qwen2RMSNorm and of InternViT's norm; in bf16 the other order differs.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., width] -> same shape and type."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+@torch.no_grad()
+def rotary_tables(position_ids: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary positions: angle of channel pair c at position p is `p * theta^(-2c/H)`.
+
+    Computed in fp32 from the configuration on every call: there is no buffer that a cast of the model, or building
+    it under ZeRO-3 in bf16, could round (bf16 has 8 bits: position 30000 would be off by 60).
+
+    position_ids: i64[B, S]. Returns cos and sin, dtype[B, S, 1, H], both halves of H alike (transformers' layout).
+    """
+    channels = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_ids.device)  # [H/2]
+    frequencies = 1.0 / (theta ** (channels / head_size))  # [H/2]
+    angles = position_ids[..., None, None].float() * frequencies  # [B, S, 1, H/2]
+    angles = torch.cat((angles, angles), dim=-1)  # [B, S, 1, H]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns channel pairs (c, c + H/2) by their angle. x: [B, S, heads, H]; cos, sin: [B, S, 1, H]."""
+    first, second = x.chunk(2, dim=-1)  # [B, S, heads, H/2] each
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool = True,
+    *,
+    choice: str = "auto",
+) -> Tensor:
+    """Attention inside segments only, by the kernel that `choice` names on this device (see `nvlm_train.kernels`).
+
+    q: [B, S, N, H]; k, v: [B, S, K, H]; cu_seqlens: i32[G+1] segment bounds in the B*S flattened tokens; max_seqlen:
+    longest segment. Returns [B, S, N, H].
+
+    Five tokens, cu_seqlens [0, 3, 5], causal; row = query, x = sees:
+        x . . . .
+        x x . . .
+        x x x . .
+        . . . x .
+        . . . x x
+    """
+    name, _ = kernels.select(choice, q.device.type)["attention"]
+    out: Tensor = kernels.load("attention", name)(q, k, v, cu_seqlens, max_seqlen, causal)
+    return out

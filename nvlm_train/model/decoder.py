@@ -1,0 +1,153 @@
+"""The Qwen2 decoder: grouped-query attention with q/k/v biases, rotary positions, SwiGLU, RMSNorm, packed samples.
+
+Parameter names are those of transformers' Qwen2ForCausalLM. Every module uses only its own weights, inside its own
+forward: that is what lets ZeRO-3 gather and release them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nvlm_train.batch import IGNORE_INDEX
+from nvlm_train.model.attention import RMSNorm, packed_attention, rotary_tables, rotate
+from nvlm_train.recipe import schema
+
+# Logits held at once, in elements: 512 MiB in fp32. More labelled rows are done in pieces, recomputed in backward.
+MAX_LOGITS = 2**27
+
+
+class Attention(nn.Module):
+    """Causal attention inside segments."""
+
+    def __init__(self, config: schema.LanguageModel, kernels: str) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.head_size = width // config.num_attention_heads
+        self.kernels = kernels
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_size)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_size)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_size)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_size, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """x: [B, S, D]; cos, sin: [B, S, 1, H] -> [B, S, D]."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, N, H]
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, H]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, H]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = packed_attention(q, k, v, cu_seqlens, max_seqlen, causal=True, choice=self.kernels)  # [B, S, N, H]
+        return self.o_proj(out.flatten(2))  # [B, S, D]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: schema.LanguageModel) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, S, D] -> [B, S, D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """`x + self_attn(input_layernorm(x))`, then `x + mlp(post_attention_layernorm(x))`."""
+
+    def __init__(self, config: schema.LanguageModel, kernels: str) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, kernels)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """x: [B, S, D] -> [B, S, D]."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm; the embedding is called by whoever puts images between the tokens."""
+
+    def __init__(self, config: schema.LanguageModel, activation_checkpointing: bool, kernels: str) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, kernels) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """x: [B, S, D] embedded tokens; position_ids: i64[B, S]; cu_seqlens: i32[G+1] -> [B, S, D], normalised."""
+        head_size = self.config.hidden_size // self.config.num_attention_heads
+        cos, sin = rotary_tables(position_ids, head_size, self.config.rope_theta, x.dtype)  # [B, S, 1, H]
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # Nothing in a layer is random: no generator state to keep.
+                x = checkpoint(
+                    layer, x, cos, sin, cu_seqlens, max_seqlen, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = layer(x, cos, sin, cu_seqlens, max_seqlen)
+        return self.norm(x)
+
+
+class LmHead(nn.Linear):
+    """The output matrix. It owns its weight, so the loss is computed here, on labelled rows only."""
+
+    def __init__(self, config: schema.LanguageModel) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, num_labels: int | None = None) -> Tensor:
+        """The summed cross-entropy, or the logits where there are no labels.
+
+        hidden: [B, S, D]; labels: i64[B, S], already shifted, IGNORE_INDEX where there is no loss.
+        num_labels: how many labels count, where the caller knows: saves the device a wait.
+        Returns fp32 scalar `sum over labelled rows of -log softmax(logits)[label]`, 0.0 with zero gradients where
+        there is none; or logits [B, S, V] in the weights' type. Softmax and sum are in fp32.
+        """
+        if labels is None:
+            return super().forward(hidden)  # [B, S, V]
+        counts = (labels != IGNORE_INDEX).flatten()  # [B*S]
+        if num_labels is None:
+            rows = counts.nonzero().squeeze(1)  # [R]
+        else:
+            if not counts.is_cuda and int(counts.sum()) != num_labels:  # on a device, checking would wait for it
+                raise ValueError(f"num_trained_tokens is {num_labels}, but {int(counts.sum())} labels carry a loss")
+            rows = counts.nonzero_static(size=num_labels).squeeze(1)  # [R]
+        picked = hidden.flatten(0, 1).index_select(0, rows)  # [R, D]
+        targets = labels.flatten().index_select(0, rows)  # [R]
+        rows_at_once = max(1, MAX_LOGITS // self.out_features)
+        if len(rows) <= rows_at_once:
+            return self._loss(picked, targets)
+        losses = []
+        for piece in zip(picked.split(rows_at_once), targets.split(rows_at_once), strict=True):
+            if torch.is_grad_enabled():
+                losses.append(checkpoint(self._loss, *piece, use_reentrant=False, preserve_rng_state=False))
+            else:
+                losses.append(self._loss(*piece))
+        return torch.stack(losses).sum()
+
+    def _loss(self, picked: Tensor, targets: Tensor) -> Tensor:
+        """[R, D], i64[R] -> fp32 scalar; R may be 0."""
+        logits = super().forward(picked).float()  # [R, V]
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+
+class LanguageModel(nn.Module):
+    """Decoder and head. With tied embeddings one Parameter is registered in both modules."""
+
+    def __init__(
+        self, config: schema.LanguageModel, *, activation_checkpointing: bool = False, kernels: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.model = Decoder(config, activation_checkpointing, kernels)
+        self.lm_head = LmHead(config)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight

@@ -1,0 +1,469 @@
+"""Weights from folders in published formats, checked against the recipe before anything is loaded.
+
+A folder is a config.json beside model.safetensors or shards with an index. Nothing is unpickled, and tensors are read
+one at a time from mapped files. Names inside the package are the model's own (`vision_model.*`, `language_model.*`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from nvlm_train.errors import CheckpointError
+from nvlm_train.recipe import schema
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Weights(Protocol):
+    """Tensors by our name, read one at a time."""
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape, without reading the tensor."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored type, without reading the tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the CPU in its stored type; may be a view of a mapped file: do not write into it."""
+
+    def where(self, name: str) -> str:
+        """"file:key", for messages and for a run's record of what it started from."""
+
+
+# ------------------------------------------------------------------------------------------------- a folder of weights
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a folder: which file, under which key, what shape and type."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class WeightFolder:
+    """The tensors of one folder, by our names. Open it with `open_vision_folder` or `open_language_model_folder`."""
+
+    def __init__(self, entries: dict[str, _Entry]) -> None:
+        self._entries = entries
+        self._files: dict[Path, Any] = {}
+
+    def names(self) -> list[str]:
+        return sorted(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        if entry.file not in self._files:
+            self._files[entry.file] = _open(entry.file)
+        tensor: Tensor = self._files[entry.file].get_tensor(entry.key)
+        return tensor
+
+    def where(self, name: str) -> str:
+        entry = self._entries[name]
+        return f"{entry.file}:{entry.key}"
+
+    def file_and_key(self, name: str) -> tuple[Path, str]:
+        """The parts of `where`."""
+        entry = self._entries[name]
+        return entry.file, entry.key
+
+
+class _Merged:
+    """Several `Weights` as one; where two have a name, the later one's tensor is taken."""
+
+    def __init__(self, parts: Sequence[Weights]) -> None:
+        self._of = {name: part for part in parts for name in part.names()}
+
+    def names(self) -> list[str]:
+        return sorted(self._of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._of[name].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._of[name].dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._of[name].read(name)
+
+    def where(self, name: str) -> str:
+        return self._of[name].where(name)
+
+
+def merge(*weights: Weights) -> Weights:
+    """One view of all; of a name that several have, the last one wins. Without arguments: no tensors at all."""
+    return _Merged(weights)
+
+
+def open_vision_folder(path: str | Path, vision: schema.Vision) -> WeightFolder:
+    """An InternViT folder in the published format; names get the prefix `vision_model.`.
+
+    Raises CheckpointError, with all that is wrong, where the folder is not complete or config.json differs from
+    the recipe's sizes. Tensor names and shapes are for `account` to check.
+    """
+    folder = Path(path).expanduser()
+    config = _read_config(folder)
+    problems = _compare(folder, _vision_checks(config, vision), "model.vision")
+    entries = _read_folder(folder, "vision_model.", problems)
+    if any(name.startswith(("vision_model.vision_model.", "vision_model.language_model.")) for name in entries):
+        problems.append(f"{folder}: holds a whole vision-language model, not a tower alone; name an InternViT folder")
+    width = vision.hidden_size
+    qkv = entries.get("vision_model.encoder.layers.0.attn.qkv.weight")
+    if qkv is not None and len(qkv.shape) == 2 and qkv.shape[0] > 3 * width and qkv.shape[1] == width:
+        problems.append(
+            f"{qkv.file}:{qkv.key}: {qkv.shape[0]} rows are {qkv.shape[0] // 3} channels of heads, but the tower is "
+            f"{width} wide: attention heads padded with zeros for tensor parallelism, which are not read here; "
+            f"use the unpadded InternViT folder ({3 * width} rows)"
+        )
+    _raise(problems)
+    return WeightFolder(entries)
+
+
+def open_language_model_folder(path: str | Path, lm: schema.LanguageModel) -> WeightFolder:
+    """A Qwen2 folder in the published format; names get the prefix `language_model.`.
+
+    A tied model's folder may bring its head as well: it must then equal the embedding, and is left out.
+    Raises CheckpointError as `open_vision_folder` does.
+    """
+    folder = Path(path).expanduser()
+    config = _read_config(folder)
+    problems = _compare(folder, _language_model_checks(config, lm), "model.language_model")
+    entries = _read_folder(folder, "language_model.", problems)
+    head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    if not problems and lm.tie_word_embeddings and head in entries and embedding in entries:
+        weights = WeightFolder(entries)
+        if not torch.equal(weights.read(head), weights.read(embedding)):
+            problems.append(
+                f"{weights.where(head)}: differs from {entries[embedding].key}, but tie_word_embeddings is true; "
+                "a tied model has one matrix: remove it from the file, or untie in config.json and in the recipe"
+            )
+        del entries[head]
+    _raise(problems)
+    return WeightFolder(entries)
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        count = "" if len(problems) == 1 else f"{len(problems)} problems with the weights:\n  "
+        raise CheckpointError(count + "\n  ".join(problems))
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: not a complete safetensors file ({error}); {file.stat().st_size:,} bytes are there; "
+            "copy or download it again"
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); copy or download it again") from error
+    if not isinstance(read, dict):
+        raise CheckpointError(f"{file}: holds a {type(read).__name__} where a JSON object is needed")
+    return read
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder}: {what}; name a folder with config.json and safetensors files")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: has no config.json; name a folder with config.json and safetensors files")
+    return _read_json(folder / "config.json")
+
+
+def _read_folder(folder: Path, prefix: str, problems: list[str]) -> dict[str, _Entry]:
+    """All tensors of the folder by our name; what is wrong with the files is added to `problems`."""
+    index_file, single = folder / INDEX_NAME, folder / SINGLE_NAME
+    weight_map: dict[str, str] | None = None
+    if index_file.is_file():
+        weight_map = _read_json(index_file).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            problems.append(f"{index_file}: has no weight_map from tensor names to files")
+            return {}
+        outside = sorted({shard for shard in weight_map.values() if Path(shard).name != shard})
+        if outside:
+            problems.append(f"{index_file}: names {outside[0]!r}; shards must lie in the folder itself")
+            return {}
+        shards = sorted(set(weight_map.values()))
+    elif single.is_file():
+        shards = [SINGLE_NAME]
+    else:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        reason = (
+            f"{', '.join(pickles)}: pickled weights can run code and are not read; convert them to safetensors"
+            if pickles
+            else f"has neither {SINGLE_NAME} nor {INDEX_NAME}"
+        )
+        problems.append(f"{folder}: {reason}")
+        return {}
+
+    entries: dict[str, _Entry] = {}
+    for shard in shards:
+        file = folder / shard
+        if not file.is_file():
+            named = sum(1 for value in (weight_map or {}).values() if value == shard)
+            problems.append(f"{file}: is missing; {INDEX_NAME} places {named} tensors in it")
+            continue
+        try:
+            opened = _open(file)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        keys = set(opened.keys())
+        if weight_map is not None:
+            indexed = {key for key, value in weight_map.items() if value == shard}
+            absent = sorted(indexed - keys)
+            problems += [f"{file}:{key}: is not in the file, but {INDEX_NAME} says so" for key in absent]
+            keys &= indexed  # what the index does not name, or names elsewhere, is not part of the model
+        for key in sorted(keys):
+            about = opened.get_slice(key)
+            if about.get_dtype() not in _DTYPES:
+                problems.append(
+                    f"{file}:{key}: has type {about.get_dtype()}; floating-point weights ({', '.join(_DTYPES)}) "
+                    "are read, quantised ones are not"
+                )
+                continue
+            entries[prefix + key] = _Entry(file, key, tuple(about.get_shape()), _DTYPES[about.get_dtype()])
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------- config.json and recipe
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """Stands for a key that config.json does not have and that has no default."""
+
+
+_MISSING = _Missing()
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What config.json says of a key (its default where the format has one), and what it must say.
+
+    recipe_key: the recipe's key that wants it; None where the architecture does.
+    """
+
+    key: str
+    value: Any
+    wanted: Any
+    recipe_key: str | None = None
+
+
+def _compare(folder: Path, checks: Sequence[_Check], section: str) -> list[str]:
+    """One line for each key of config.json that does not say what it must."""
+    problems = []
+    for check in checks:
+        if _equal(check.value, check.wanted):
+            continue
+        says = "is missing" if check.value is _MISSING else f"is {check.value!r}"
+        by_recipe = f"the recipe's {section}.{check.recipe_key} is {check.wanted!r}"
+        needs = by_recipe if check.recipe_key else f"the architecture needs {check.wanted!r}"
+        problems.append(f"{folder / 'config.json'}: {check.key} {says}, but {needs}")
+    return problems
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, bool) or isinstance(value, bool):
+        return value is wanted
+    if isinstance(wanted, int | float) and isinstance(value, int | float):
+        return math.isclose(value, wanted, rel_tol=1e-9)
+    return bool(value == wanted)
+
+
+def _vision_checks(config: dict[str, Any], vision: schema.Vision) -> list[_Check]:
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
+    checks = [_Check(key, config.get(key, _MISSING), getattr(vision, key), key) for key in sizes]
+    for key in ("image_size", "patch_size"):
+        value = config.get(key, _MISSING)
+        if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+            value = value[0]
+        checks.append(_Check(key, value, getattr(vision, key), key))
+    # What the 6B tower is; InternViT-300M (layer_norm, qkv bias, no QK-norm) differs in all of these.
+    return checks + [
+        _Check("norm_type", config.get("norm_type", "rms_norm"), "rms_norm"),
+        _Check("qk_normalization", config.get("qk_normalization", True), True),
+        _Check("qkv_bias", config.get("qkv_bias", False), False),
+        _Check("hidden_act", config.get("hidden_act", "gelu"), "gelu"),
+        _Check("num_channels", config.get("num_channels", 3), 3),
+    ]
+
+
+def _language_model_checks(config: dict[str, Any], lm: schema.LanguageModel) -> list[_Check]:
+    sizes = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "vocab_size", "rms_norm_eps",
+    )  # fmt: skip
+    checks = [_Check(key, config.get(key, _MISSING), getattr(lm, key), key) for key in sizes]
+    tied = config.get("tie_word_embeddings", False)
+    checks.append(_Check("tie_word_embeddings", tied, lm.tie_word_embeddings, "tie_word_embeddings"))
+    # transformers 4 writes rope_theta at the top (and rope_scaling beside it), transformers 5 into rope_parameters.
+    theta, theta_key = config.get("rope_theta", _MISSING), "rope_theta"
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key)
+        if not isinstance(rope, dict):
+            continue
+        if theta is _MISSING and "rope_theta" in rope:
+            theta, theta_key = rope["rope_theta"], f"{key}.rope_theta"
+        kind = "rope_type" if "rope_type" in rope else "type"
+        checks.append(_Check(f"{key}.{kind}", rope.get(kind, "default"), "default"))
+    checks.append(_Check(theta_key, theta, lm.rope_theta, "rope_theta"))
+    positions = config.get("max_position_embeddings", _MISSING)
+    if not (isinstance(positions, int) and positions >= lm.max_position_embeddings):
+        checks.append(
+            _Check("max_position_embeddings", positions, lm.max_position_embeddings, "max_position_embeddings")
+        )
+    head_size = lm.hidden_size // lm.num_attention_heads
+    kinds = config.get("layer_types") or ["full_attention"]
+    return checks + [
+        _Check("model_type", config.get("model_type", _MISSING), "qwen2"),
+        _Check("hidden_act", config.get("hidden_act", "silu"), "silu"),
+        _Check("head_dim", config.get("head_dim") or head_size, head_size),
+        _Check("use_sliding_window", config.get("use_sliding_window", False), False),
+        _Check("layer_types", sorted(set(kinds)), ["full_attention"]),
+    ]
+
+
+# ----------------------------------------------------------------------------------------------- what the model expects
+
+
+def expected_shapes(config: schema.Model, *, with_vision: bool = True) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all parameters of `NvlmD(config)`, which is not built; a tied head has no own name."""
+    from nvlm_train.model.nvlm import NvlmD
+
+    with torch.device("meta"):
+        model = NvlmD(config, with_vision=with_vision)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+@dataclass(frozen=True)
+class Account:
+    """What becomes of every tensor. Names are sorted.
+
+    loaded: in the weights and in the model. initialised: in the model only, gets its `initial_value`.
+    ignored: in the weights only, and known to carry nothing (rotary buffers).
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    initialised: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+def account(
+    expected: Mapping[str, Sequence[int]], weights: Weights, may_be_new: Sequence[str] = ("projector.",)
+) -> Account:
+    """Compares what the model needs with what the weights bring.
+
+    expected: shape by name, see `expected_shapes`. may_be_new: name prefixes of modules that may be absent, each as
+    a whole. Raises CheckpointError with every missing, unexpected and mis-shaped tensor.
+    """
+    there = set(weights.names())
+    found = Account(ignored=sorted(n for n in there - set(expected) if n.endswith("rotary_emb.inv_freq")))
+    problems = []
+    new = {prefix for prefix in may_be_new if not any(name.startswith(prefix) for name in there)}
+    for name in sorted(expected):
+        shape = tuple(expected[name])
+        if name not in there:
+            if any(name.startswith(prefix) for prefix in new):
+                found.initialised.append(name)
+            else:
+                problems.append(f"{name} {list(shape)}: missing, none of the weights has it")
+        elif tuple(weights.shape(name)) != shape:
+            problems.append(
+                f"{name}: {weights.where(name)} has shape {list(weights.shape(name))}, the model {list(shape)}"
+            )
+        else:
+            found.loaded.append(name)
+    for name in sorted(there - set(expected) - set(found.ignored)):
+        problems.append(f"{name}: {weights.where(name)} is not in the model")
+    _raise(problems)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- filling it
+
+
+def initial_value(name: str, shape: Sequence[int], seed: int, config: schema.Model) -> Tensor:
+    """The value a new parameter starts from: a function of seed and name alone, whatever rank or order asks.
+
+    Norm weights 1, biases 0, LayerScale 0.1, the projector's weights normal with the recipe's initializer_std, all
+    other weights normal with 0.02 (transformers' and InternViT's default). Returns fp32[shape] on the CPU.
+    """
+    owner, _, leaf = name.rpartition(".")
+    if leaf == "bias":
+        return torch.zeros(*shape)
+    if leaf in ("ls1", "ls2"):
+        return torch.full(tuple(shape), 0.1)
+    if leaf == "weight" and "norm" in owner.rpartition(".")[2]:
+        return torch.ones(*shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    std = config.projector.initializer_std if name.startswith("projector.") else 0.02
+    return torch.empty(*shape).normal_(0.0, std, generator=generator)
+
+
+def fill(
+    model: nn.Module,
+    weights: Weights,
+    config: schema.Model,
+    seed: int,
+    slice_of: Callable[[nn.Parameter], tuple[int, int] | None],
+    write: Callable[[nn.Parameter, Tensor], None],
+) -> None:
+    """Gives every parameter of `model` its value, one tensor at a time, each process only the part that it holds.
+
+    A name that `weights` does not have gets its `initial_value`; call `account` first, which says which those are.
+    slice_of: the elements [start, end) of the flattened parameter held here (end may lie beyond it), or None for all.
+    write: takes the parameter and the value, in the file's type: flat where slice_of gave a slice, else in shape.
+    """
+    there = set(weights.names())
+    for name, parameter in model.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty parameter behind
+        value = weights.read(name) if name in there else initial_value(name, shape, seed, config)
+        if tuple(value.shape) != shape:
+            raise CheckpointError(
+                f"{name}: {weights.where(name)} has shape {list(value.shape)}, the model {list(shape)}"
+            )
+        part = slice_of(parameter)
+        write(parameter, value if part is None else value.reshape(-1)[part[0] : part[1]])
+
+
+def load_into(model: nn.Module, weights: Weights, config: schema.Model, seed: int) -> None:
+    """`fill` for a plain module: every parameter in place, in the parameter's own type and on its device."""
+
+    @torch.no_grad()
+    def write(parameter: nn.Parameter, value: Tensor) -> None:
+        parameter.copy_(value)
+
+    fill(model, weights, config, seed, lambda parameter: None, write)

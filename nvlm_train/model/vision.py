@@ -1,0 +1,157 @@
+"""InternViT: the vision tower, as published for InternViT-6B-448px-V1-5, in any size.
+
+Pre-norm transformer over patches and a class token: learned positions, RMSNorm, QK-RMSNorm over the full width (all
+heads jointly), LayerScale, erf GELU. The output is the last layer's, without a final norm and without the class token.
+Parameter names are the published ones.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvlm_train.model.attention import RMSNorm
+from nvlm_train.recipe import schema
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+class Embeddings(nn.Module):
+    """Patches and class token with their learned positions."""
+
+    def __init__(self, config: schema.Vision) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.zeros(1, 1, width))
+        self.patch_embedding = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.position_embedding = nn.Parameter(torch.zeros(1, 1 + (config.image_size // patch) ** 2, width))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: [T, 3, px, px] normalised -> [T, 1+P, E], class token first, patches row by row."""
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [T, P, E]
+        tokens = torch.cat((self.class_embedding.expand(len(patches), -1, -1), patches), dim=1)  # [T, 1+P, E]
+        return tokens + self.position_embedding
+
+
+class Attention(nn.Module):
+    """Full attention among the tokens of a tile."""
+
+    def __init__(self, config: schema.Vision) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm = RMSNorm(width, config.layer_norm_eps)
+        self.k_norm = RMSNorm(width, config.layer_norm_eps)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, 1+P, E] -> [T, 1+P, E]."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # [T, 1+P, E] each
+        q, k = self.q_norm(q), self.k_norm(k)  # one mean square over all heads
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))  # [T, N, 1+P, H]
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [T, 1+P, E]
+        return self.proj(out)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (erf), Linear."""
+
+    def __init__(self, config: schema.Vision) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, 1+P, E] -> [T, 1+P, E]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """`x + ls1 * attn(norm1(x))`, then `x + ls2 * mlp(norm2(x))`."""
+
+    def __init__(self, config: schema.Vision) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm1 = RMSNorm(width, config.layer_norm_eps)
+        self.attn = Attention(config)
+        self.ls1 = nn.Parameter(torch.full((width,), 0.1))
+        self.norm2 = RMSNorm(width, config.layer_norm_eps)
+        self.mlp = FeedForward(config)
+        self.ls2 = nn.Parameter(torch.full((width,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, 1+P, E] -> [T, 1+P, E]."""
+        x = x + self.ls1 * self.attn(self.norm1(x))
+        return x + self.ls2 * self.mlp(self.norm2(x))
+
+
+class Encoder(nn.Module):
+    """The layers, one after the other."""
+
+    def __init__(self, config: schema.Vision) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, 1+P, E] -> [T, 1+P, E]."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class InternVit(nn.Module):
+    """The tower. Give it to `encode_tiles`."""
+
+    def __init__(self, config: schema.Vision) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: [T, 3, px, px] normalised, in the weights' type -> [T, 1+P, E], class token first."""
+        return self.encoder(self.embeddings(pixels))
+
+
+def normalise(tiles: Tensor, dtype: torch.dtype) -> Tensor:
+    """u8[T, 3, px, px] -> dtype[T, 3, px, px]: `(tiles / 255 - mean) / std` in fp32, then cast."""
+    mean = torch.tensor(IMAGE_MEAN, device=tiles.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=tiles.device).view(1, 3, 1, 1)
+    return ((tiles.float() / 255 - mean) / std).to(dtype)
+
+
+def encode_tiles(
+    tower: InternVit, tiles: Tensor, dtype: torch.dtype, *, tiles_per_chunk: int = 16, num_chunks: int = 0
+) -> Tensor:
+    """Features of tiles, `tiles_per_chunk` at a time; without gradients where every weight of the tower is frozen.
+
+    tiles: u8[T, 3, px, px]; T may be 0. dtype: type of the tower's weights and of the result.
+    num_chunks: how often the tower is called, whatever T is, so that every rank of a tower inside ZeRO-3 makes the
+        same calls; 0: as often as T needs. Calls without tiles of their own run one zero tile.
+    Returns [T + zero tiles, P, E]: no class token, no pixel shuffle. The zero tiles' features come last; they are left
+    out where the tower is frozen, and kept where it is trained, so that its gradients are zero instead of missing.
+    Raises ValueError where T tiles do not fit into num_chunks chunks.
+    """
+    needed = -(-len(tiles) // tiles_per_chunk)
+    if num_chunks and needed > num_chunks:
+        raise ValueError(
+            f"{len(tiles)} tiles need {needed} chunks of {tiles_per_chunk}, but every rank was planned {num_chunks}"
+        )
+    config = tower.config
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
+    features: list[Tensor] = []
+    with torch.set_grad_enabled(trained):
+        for start in range(0, len(tiles), tiles_per_chunk):
+            features.append(tower(normalise(tiles[start : start + tiles_per_chunk], dtype))[:, 1:])  # [chunk, P, E]
+        for _ in range(num_chunks - needed):
+            empty = tower(tiles.new_zeros(1, 3, config.image_size, config.image_size, dtype=dtype))[:, 1:]  # [1, P, E]
+            if trained:
+                features.append(empty)
+    if not features:
+        return torch.zeros(
+            0, (config.image_size // config.patch_size) ** 2, config.hidden_size, dtype=dtype, device=tiles.device
+        )  # [0, P, E]
+    return torch.cat(features)  # [T (+ zero tiles), P, E]
