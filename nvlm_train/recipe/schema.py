@@ -11,7 +11,9 @@ Imports neither torch nor deepspeed, so that checking a recipe takes under a sec
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -27,7 +29,20 @@ def key(default: Any = ..., *, doc: str, resume: Resume = "fixed", path: bool = 
 class Section(BaseModel):
     """A mapping of a recipe: unknown keys refused, types exact (no "1" for 1), never changed after it was read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+    shorthand: ClassVar[str | None] = None  # the key that a bare string stands for: `vision: NAME` is {preset: NAME}
+
+
+class Misfit(ValueError):
+    """Keys that are each fine but do not fit together; raised by the validators of sections, located by `load`.
+
+    problems: (key relative to the section, what is wrong and what would be right). All that were found, not the first.
+    """
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{name}: {message}" for name, message in problems))
+        self.problems = problems
 
 
 def _integers_are_numbers(value: Any) -> Any:
@@ -82,8 +97,11 @@ def _fill_from_preset(presets: dict[str, dict[str, Any]]) -> BeforeValidator:
 class Vision(Section):
     """The vision tower: InternViT with learned positions, class token, QK-RMSNorm over the full width, LayerScale."""
 
+    shorthand = "preset"
+    presets: ClassVar[dict[str, dict[str, Any]]] = VISION_PRESETS
+
     preset: Literal["internvit_6b_448px_v1_5"] | None = key(
-        None, doc="Sizes of a published tower; single sizes given beside it win."
+        None, doc="Sizes of a published tower; single sizes given beside it win.", resume="free"
     )
     hidden_size: int = key(doc="Width E of the tower.", gt=0)
     intermediate_size: int = key(doc="Width of its feed-forward layers.", gt=0)
@@ -95,15 +113,19 @@ class Vision(Section):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Vision:
+        problems = []
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
+            problems.append(
+                ("hidden_size", f"is not a multiple of num_attention_heads {self.num_attention_heads}; "
+                 + nearest_multiples(self.hidden_size, self.num_attention_heads))
+            )  # fmt: skip
         if self.image_size % (2 * self.patch_size):
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of 2 x patch_size {self.patch_size}: "
-                "the pixel shuffle joins patches two by two"
-            )
+            problems.append(
+                ("image_size", f"is not a multiple of 2 x patch_size {self.patch_size} (the pixel shuffle joins patches "
+                 "two by two); " + nearest_multiples(self.image_size, 2 * self.patch_size))
+            )  # fmt: skip
+        if problems:
+            raise Misfit(problems)
         return self
 
 
@@ -119,8 +141,11 @@ class Projector(Section):
 class LanguageModel(Section):
     """The decoder: Qwen2 (grouped-query attention, q/k/v biases, RoPE, SwiGLU, RMSNorm)."""
 
+    shorthand = "preset"
+    presets: ClassVar[dict[str, dict[str, Any]]] = LANGUAGE_MODEL_PRESETS
+
     preset: Literal["qwen2_0_5b_instruct", "qwen2_1_5b_instruct", "qwen2_7b_instruct", "qwen2_72b_instruct"] | None = key(
-        None, doc="Sizes of a published decoder; single sizes given beside it win."
+        None, doc="Sizes of a published decoder; single sizes given beside it win.", resume="free"
     )
     hidden_size: int = key(doc="Width D of the decoder.", gt=0)
     intermediate_size: int = key(doc="Width F of its feed-forward layers; also the projector's hidden width.", gt=0)
@@ -135,19 +160,26 @@ class LanguageModel(Section):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> LanguageModel:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError(
-                f"head size {self.hidden_size // self.num_attention_heads} is odd: rotary positions turn pairs of channels"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+        problems = []
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads:
+            problems.append(
+                ("hidden_size", f"is not a multiple of num_attention_heads {heads}; "
+                 + nearest_multiples(self.hidden_size, heads))
+            )  # fmt: skip
+        elif (self.hidden_size // heads) % 2:
+            problems.append(
+                ("hidden_size", f"gives a head size of {self.hidden_size // heads}, which is odd, but rotary positions turn "
+                 "pairs of channels; " + nearest_multiples(self.hidden_size, 2 * heads))
+            )  # fmt: skip
+        if heads % groups:
+            divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+            problems.append(
+                ("num_key_value_heads", f"does not divide num_attention_heads {heads}; use one of "
+                 + ", ".join(map(str, divisors)))
+            )  # fmt: skip
+        if problems:
+            raise Misfit(problems)
         return self
 
 
@@ -164,6 +196,8 @@ class Model(Section):
 
 class Weights(Section):
     """A folder of weights and where it comes from."""
+
+    shorthand = "path"
 
     path: str = key(doc="Folder in the published format of this part, or a run directory.", resume="free", path=True)
     license: str | None = key(None, doc="SPDX identifier or licence name; travels with every export.", resume="free")
@@ -257,9 +291,10 @@ class Data(Section):
     @model_validator(mode="after")
     def _sample_fits_pack(self) -> Data:
         if self.max_tokens_per_sample > self.pack_tokens:
-            raise ValueError(
-                f"max_tokens_per_sample {self.max_tokens_per_sample} does not fit pack_tokens {self.pack_tokens}"
-            )
+            raise Misfit([(
+                "max_tokens_per_sample", f"is more than pack_tokens {self.pack_tokens}: the longest sample must fit into "
+                f"a pack; use at most {self.pack_tokens}, or raise pack_tokens"
+            )])  # fmt: skip
         return self
 
 
@@ -278,7 +313,8 @@ class Train(Section):
     @model_validator(mode="after")
     def _something_is_trained(self) -> Train:
         if "full" not in (self.vision, self.projector, self.language_model):
-            raise ValueError("every module is frozen: nothing would be trained")
+            raise Misfit([("", "freezes every module, so nothing would be trained; set one of vision, projector, "
+                           "language_model to full")])  # fmt: skip
         return self
 
 
@@ -322,7 +358,8 @@ class Schedule(Section):
     @model_validator(mode="after")
     def _warmup_is_a_count_or_a_share(self) -> Schedule:
         if isinstance(self.warmup_steps, float) and self.warmup_steps >= 1:
-            raise ValueError(f"warmup_steps {self.warmup_steps} is neither a whole number nor a share below 1")
+            raise Misfit([("warmup_steps", "is neither a whole number of steps nor a share below 1; "
+                           f"use {round(self.warmup_steps)}")])  # fmt: skip
         return self
 
 
@@ -404,20 +441,131 @@ class Recipe(Section):
     kernels: Literal["auto", "torch"] = key("auto", doc="auto: the fastest that runs here. torch: plain PyTorch.", resume="free")
     zero: Zero = key(Zero(), doc="DeepSpeed ZeRO.", resume="free")
     checkpoint: Checkpoint = key(Checkpoint(), doc="Saving.", resume="free")
-    validation: Validation | None = key(None, doc="Held-out loss; absent: none.", resume="fixed")
+    validation: Validation | None = key(None, doc="Held-out loss; absent: none.", resume="free")
     log: Log = key(Log(), doc="Console, wandb, tensorboard.", resume="free")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
-        if self.data.max_tokens_per_sample > self.model.language_model.max_position_embeddings:
-            raise ValueError(
-                f"data.max_tokens_per_sample {self.data.max_tokens_per_sample} is more than "
-                f"model.language_model.max_position_embeddings {self.model.language_model.max_position_embeddings}"
-            )
+        problems = []
+        longest = self.model.language_model.max_position_embeddings
+        if self.data.max_tokens_per_sample > longest:
+            problems.append(
+                ("data.max_tokens_per_sample", f"is more than model.language_model.max_position_embeddings {longest}; "
+                 f"use at most {longest}")
+            )  # fmt: skip
         if self.schedule.min_lr > self.optimizer.lr:
-            raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
+            problems.append(
+                ("schedule.min_lr", f"is above optimizer.lr {self.optimizer.lr}; use a value from 0 to {self.optimizer.lr}")
+            )
+        for module, lr in self.optimizer.module_lr:
+            if lr is not None and getattr(self.train, module) == "frozen":
+                problems.append(
+                    (f"optimizer.module_lr.{module}", f"has no effect, because train.{module} is frozen; "
+                     f"remove it, or set train.{module}: full")
+                )  # fmt: skip
+        if isinstance(self.schedule.warmup_steps, int) and self.schedule.warmup_steps > 0:
+            end = self.schedule.decay_steps or self.max_steps
+            if self.schedule.warmup_steps > end:
+                name = "schedule.decay_steps" if self.schedule.decay_steps else "max_steps"
+                problems.append(("schedule.warmup_steps", f"is more than {name} {end}; use at most {end}, or a share below 1"))
         if self.validation is not None:
-            both = sorted(set(self.validation.sources) & set(self.data.mixture))
-            if both:
-                raise ValueError(f"validation.sources and data.mixture both name {both[0]!r}; names must differ")
+            for name in sorted(set(self.validation.sources) & set(self.data.mixture)):
+                problems.append(
+                    (f"validation.sources.{name}", "is the name of a source of data.mixture too; give it a name of its own")
+                )
+            known = [*self.validation.sources, *(self.data.mixture if self.validation.held_out_share else ())]
+            if self.validation.best is not None and self.validation.best not in known:
+                problems.append(
+                    ("validation.best", "is not the name of a validated source; "
+                     + (f"use one of {', '.join(known)}" if known else "nothing is validated by this recipe"))
+                )  # fmt: skip
+        if problems:
+            raise Misfit(problems)
         return self
+
+
+# ------------------------------------------------------------------------------------- what can be asked of the schema
+
+
+class Key(NamedTuple):
+    """One key of a recipe, as `recipe keys` lists it. A name the user chooses is `*`: data.mixture.*.path."""
+
+    path: str
+    type: str
+    default: Any  # REQUIRED where the recipe must give it
+    doc: str
+    resume: Resume
+    is_path: bool
+    nullable: bool
+    section: type[Section] | None  # of a section, or of what stands behind each name
+    named: bool  # a mapping whose names are the user's
+
+
+REQUIRED = "required"
+
+
+@cache
+def all_keys(section: type[Section] | None = None, prefix: str = "") -> dict[str, Key]:
+    """Every key below `section` (default: the whole recipe) by dotted path, in the order of the file."""
+    keys: dict[str, Key] = {}
+    for name, field in (section or Recipe).model_fields.items():
+        path = prefix + name
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict), f"{path} is not declared with key()"
+        inner, named, nullable = _inside(field.annotation)
+        default = REQUIRED if field.is_required() else field.get_default()
+        resume: Any = extra["resume"]
+        keys[path] = Key(
+            path, type_text(field.annotation, field.metadata), default, field.description or "", resume,
+            bool(extra["path"]), nullable, inner, named,
+        )  # fmt: skip
+        if inner is not None:
+            keys.update(all_keys(inner, f"{path}.*." if named else f"{path}."))
+    return keys
+
+
+def _inside(annotation: Any) -> tuple[type[Section] | None, bool, bool]:
+    """(section class inside an annotation or None, whether it stands behind names, whether null is allowed)."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation, False, False
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _inside(args[0])
+    if origin is dict:
+        return _inside(args[1])[0], True, False
+    if origin in (Union, UnionType):
+        found = [_inside(arg) for arg in args if arg is not type(None)]
+        section = next((inner for inner in found if inner[0] is not None), (None, False, False))
+        return section[0], section[1], type(None) in args
+    return None, False, False
+
+
+def type_text(annotation: Any, metadata: Any = ()) -> str:
+    """The type in a user's words: `whole number > 0`, `one of: a, b`, `list of one of: a, b`."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_text(args[0], args[1:])
+    if origin in (Union, UnionType):
+        return " or ".join("null" if arg is type(None) else type_text(arg) for arg in args) + _limits(metadata)
+    if origin is Literal:
+        return "one of: " + ", ".join(str(arg) for arg in args)
+    if origin is list:
+        return f"list of {type_text(args[0])}"
+    if origin is dict:
+        return f"mapping of names to {type_text(args[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "section" + (f", or its {annotation.shorthand} alone" if annotation.shorthand else "")
+    words = {int: "whole number", float: "number", bool: "true or false", str: "string"}
+    return words[annotation] + _limits(metadata)
+
+
+def _limits(metadata: Any) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    found = [f"{sign} {getattr(m, attribute)}" for m in metadata for attribute, sign in signs.items() if hasattr(m, attribute)]
+    return (" " + " and ".join(found)) if found else ""
+
+
+def nearest_multiples(value: int, step: int) -> str:
+    """`use 96 or 128`: the multiples of `step` around `value`."""
+    below, above = value // step * step, -(-value // step) * step
+    return f"use {below} or {above}" if below else f"use {above}"

@@ -1,0 +1,40 @@
+"""The DeepSpeed configuration a recipe implies: a pure function, shown by `recipe show`, never written by hand.
+
+What is left out matters as much as what is in: no optimizer and no scheduler (ours; in the JSON they would override the
+learning rates of single modules), no accumulation (the loop sets the boundary itself, because the number of micro-steps
+differs from step to step).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nvlm_train.recipe.schema import Recipe
+
+
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """What `deepspeed.initialize(config=...)` is given. Keys as of DeepSpeed 0.19; the same for every world size."""
+    zero = recipe.zero
+    stage: dict[str, Any] = {"stage": zero.stage, "reduce_bucket_size": zero.reduce_bucket_size}
+    if zero.stage == 3:
+        stage |= {
+            "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+            "stage3_param_persistence_threshold": zero.param_persistence_threshold,
+            "stage3_max_live_parameters": zero.max_live_parameters,
+            "stage3_max_reuse_distance": zero.max_reuse_distance,
+            "stage3_gather_16bit_weights_on_model_save": False,  # our checkpoints hold the slices, nothing is gathered
+            "memory_efficient_linear": True,  # otherwise every gathered weight stays alive until backward
+        }
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": recipe.optimizer.max_grad_norm,  # always written: DeepSpeed's own default is 1.0
+        "communication_data_type": zero.communication_data_type,
+        "data_types": {"grad_accum_dtype": "fp32"},  # in bf16 ZeRO-3 would accumulate in bf16
+        "zero_optimization": stage,
+        "zero_allow_untested_optimizer": True,
+        "wall_clock_breakdown": False,
+    }
+    if recipe.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    return config

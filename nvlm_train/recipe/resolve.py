@@ -1,0 +1,298 @@
+"""What a recipe means on a number of ranks, and what a later start of the same run may change."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from nvlm_train.engine.deepspeed_config import deepspeed_config
+from nvlm_train.engine.memory import predict_memory
+from nvlm_train.errors import RecipeError
+from nvlm_train.model.flops import MODULES, Flops, count_flops, count_parameters
+from nvlm_train.recipe.load import find_key, flatten
+from nvlm_train.recipe.schema import REQUIRED, Recipe, Section, all_keys
+from nvlm_train.recipe.yaml import describe
+
+NULL_SHARE_WARNING = 0.05  # of the slots of a step that may hold null packs without a warning
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """How the samples of a step fill the ranks.
+
+    Lengths are in the data, so packs per step are bounded here and known exactly only from the length index:
+    `max_packs` is reached when every sample has max_tokens_per_sample.
+
+    slots_per_micro_step: ranks x micro_batch_size, the packs that one micro-step can hold.
+    max_micro_steps: ceil(max_packs / slots_per_micro_step); a step never has more (accumulation, in other tools).
+    max_null_share: share of null packs among the slots of such a step.
+    """
+
+    samples: int
+    world_size: int
+    micro_batch_size: int
+    pack_tokens: int
+    slots_per_micro_step: int
+    max_packs: int
+    max_micro_steps: int
+    max_null_share: float
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe on a number of ranks; every figure that follows from the two alone.
+
+    recipe_hash: the same for two recipes that differ in `free` keys only.
+    module_lr: peak learning rate of each trained module.
+    parameters: {"total" | "trainable": {module: count}}.
+    memory: predicted bytes per rank by kind (`engine.memory.KINDS`) and `total`.
+    warnings: what is legal but probably not meant.
+    """
+
+    recipe: Recipe
+    world_size: int
+    recipe_hash: str
+    warmup_steps: int
+    decay_steps: int
+    module_lr: dict[str, float]
+    batch: BatchArithmetic
+    parameters: dict[str, dict[str, int]]
+    flops: Flops
+    deepspeed: dict[str, Any]
+    memory: dict[str, int]
+    warnings: tuple[str, ...]
+
+
+def resolve(recipe: Recipe, world_size: int) -> Resolved:
+    """The recipe on `world_size` ranks. Raises RecipeError where the ranks cannot be filled."""
+    batch = batch_arithmetic(recipe, world_size)
+    decay_steps = recipe.schedule.decay_steps or recipe.max_steps
+    counts = count_parameters(recipe.model)
+    trained = [module for module in MODULES if getattr(recipe.train, module) == "full"]
+    return Resolved(
+        recipe=recipe,
+        world_size=world_size,
+        recipe_hash=recipe_hash(recipe),
+        warmup_steps=warmup_steps(recipe),
+        decay_steps=decay_steps,
+        module_lr={module: getattr(recipe.optimizer.module_lr, module) or recipe.optimizer.lr for module in trained},
+        batch=batch,
+        parameters={"total": counts, "trainable": {module: counts[module] if module in trained else 0 for module in MODULES}},
+        flops=count_flops(
+            recipe.model, recipe.train, recipe.data.max_tokens_per_sample, recipe.activation_checkpointing == "full"
+        ),
+        deepspeed=deepspeed_config(recipe),
+        memory=predict_memory(recipe, world_size),
+        warnings=_warnings(recipe, batch),
+    )
+
+
+def batch_arithmetic(recipe: Recipe, world_size: int) -> BatchArithmetic:
+    """How a step fills the ranks. Raises RecipeError where a step has fewer samples than there are ranks."""
+    samples, micro = recipe.global_batch.samples, recipe.micro_batch_size
+    if world_size < 1:
+        raise RecipeError(f"world size: {world_size} is not a number of ranks; use 1 or more")
+    if samples < world_size:
+        raise RecipeError(
+            f"global_batch.samples: {samples} cannot fill {world_size} ranks: a rank needs a sample in each step, and "
+            f"{world_size - samples} would never have one; use global_batch.samples={world_size} or more, or start on "
+            f"{samples} rank{'s' if samples > 1 else ''} or fewer"
+        )
+    slots = world_size * micro
+    samples_per_pack = recipe.data.pack_tokens // recipe.data.max_tokens_per_sample
+    max_packs = math.ceil(samples / samples_per_pack)
+    micro_steps = math.ceil(max_packs / slots)
+    return BatchArithmetic(
+        samples=samples, world_size=world_size, micro_batch_size=micro, pack_tokens=recipe.data.pack_tokens,
+        slots_per_micro_step=slots, max_packs=max_packs, max_micro_steps=micro_steps,
+        max_null_share=1 - max_packs / (micro_steps * slots), max_tokens=samples * recipe.data.max_tokens_per_sample,
+    )  # fmt: skip
+
+
+def _warnings(recipe: Recipe, batch: BatchArithmetic) -> tuple[str, ...]:
+    warnings = []
+    if batch.max_null_share > NULL_SHARE_WARNING:
+        below = batch.max_packs // batch.slots_per_micro_step * batch.slots_per_micro_step
+        above = below + batch.slots_per_micro_step
+        per_pack = recipe.data.pack_tokens // recipe.data.max_tokens_per_sample
+        legal = [str(packs * per_pack) for packs in (below, above) if packs]
+        warnings.append(
+            f"global_batch.samples {batch.samples}: {batch.max_null_share:.0%} of the slots of a step hold null packs when "
+            f"all samples are of full length ({batch.max_packs} packs in {batch.max_micro_steps} micro-steps of "
+            f"{batch.slots_per_micro_step}); {' or '.join(legal)} samples would fill {batch.world_size} ranks"
+        )
+    if warmup_steps(recipe) > recipe.max_steps:
+        warnings.append(f"schedule.warmup_steps {warmup_steps(recipe)}: the run ends in the warm-up, at step {recipe.max_steps}")
+    return tuple(warnings)
+
+
+# ------------------------------------------------------------------------------------------------------------- schedule
+
+
+def warmup_steps(recipe: Recipe) -> int:
+    """Steps of warm-up: as given, or the given share of max_steps, rounded."""
+    steps = recipe.schedule.warmup_steps
+    return steps if isinstance(steps, int) else round(steps * recipe.max_steps)
+
+
+def lr_factor(step: int, warmup_steps: int, decay_steps: int, name: str, min_ratio: float) -> float:
+    """The share of its peak learning rate that every group has in a step.
+
+    step counts from 0, and its update is number n = step + 1: n / warmup_steps while n <= warmup_steps, so that the
+    first update already moves and update `warmup_steps` is the first at the peak. Then `constant` stays at 1, and
+    `cosine` falls to min_ratio, which update `decay_steps` (the last, when decay_steps is max_steps) and all later ones
+    have:  min + (1 - min) (1 + cos(pi (n - warmup) / (decay - warmup))) / 2.
+
+    Example, cosine with 2 steps of warm-up, 6 of decay, min 0.1: 0.5, 1.0, 0.868, 0.55, 0.232, 0.1, 0.1, ...
+    """
+    n = step + 1
+    if n <= warmup_steps:
+        return n / warmup_steps
+    if name == "constant":
+        return 1.0
+    if n >= decay_steps:
+        return min_ratio
+    progress = (n - warmup_steps) / (decay_steps - warmup_steps)
+    return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# ------------------------------------------------------------------------------------------- identity of a run, resume
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Everything a recipe says, as plain values; `Recipe.model_validate` makes the same recipe of it."""
+    return recipe.model_dump(mode="python")
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """16 hex digits over every key that is not `free`; sections left out count as their defaults."""
+    kept = {name: value for name, value in _effective(recipe_to_dict(recipe)).items() if resume_of(name) != "free"}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Difference(NamedTuple):
+    """A key in which two recipes differ. A value that is absent is None."""
+
+    key: str
+    old: Any
+    new: Any
+    resume: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {describe(self.old)} -> {describe(self.new)} ({self.resume})"
+
+
+def compare(old: dict[str, Any], new: Recipe) -> list[Difference]:
+    """Every key in which a saved recipe (as `recipe_to_dict` wrote it) and `new` differ, in the order of the schema.
+
+    A key the saved recipe does not know yet counts as its default; a source that only one of them has differs in its
+    name, with the mark of the mapping it stands in.
+    """
+    before, after = _effective(old), _effective(recipe_to_dict(new))
+    differences: dict[str, Difference] = {}
+    for name in dict.fromkeys((*after, *before)):
+        if before.get(name) == after.get(name) and (name in before) == (name in after):
+            continue
+        container = _container_of_one_side(name, before, after)
+        if container is not None:
+            # one line for the whole source, with the mark of the mapping it stands in
+            key, resume = container
+            differences.setdefault(
+                key,
+                Difference(key, "present" if _has_below(before, key) else None, "present" if _has_below(after, key) else None, resume),
+            )
+        elif name in before and name in after:
+            differences[name] = Difference(name, before[name], after[name], resume_of(name))
+        else:
+            key_info = find_key(tuple(name.split(".")))
+            default = None if key_info is None or key_info.default == REQUIRED else key_info.default
+            if isinstance(default, Section):
+                default = None
+            difference = Difference(name, before.get(name, default), after.get(name, default), resume_of(name))
+            if difference.old != difference.new:
+                differences[name] = difference
+    return list(differences.values())
+
+
+def check_resume(saved: dict[str, Any], recipe: Recipe, accept: Sequence[str] = ()) -> list[Difference]:
+    """The differences a later start makes, when all of them are allowed.
+
+    `accept` names keys marked `ask`, or sections of them. Raises RecipeError with the whole diff where a `fixed` key
+    differs, an `ask` key differs that is not accepted, or `accept` names what cannot be accepted.
+    """
+    _check_accept(accept, recipe)
+    differences = compare(saved, recipe)
+    fixed = [item for item in differences if item.resume == "fixed"]
+    asked = [item for item in differences if item.resume == "ask" and not _accepted(item.key, accept)]
+    if not fixed and not asked:
+        return differences
+    lines = [f"{recipe.output_dir}: holds a run of another recipe"]
+    lines += [f"  {item}" for item in (*fixed, *asked)]
+    if fixed:
+        lines.append("fixed keys decide what is learned: set them back, or give this recipe an output_dir of its own")
+    if asked:
+        flags = " ".join(f"--accept {item.key}" for item in asked)
+        lines.append(f"ask keys may change when you mean it: {flags}")
+    raise RecipeError("\n".join(lines))
+
+
+def _check_accept(accept: Sequence[str], recipe: Recipe) -> None:
+    keys = all_keys()
+    problems = []
+    for name in accept:
+        key = find_key(tuple(name.split(".")))
+        if key is None:
+            near = difflib.get_close_matches(name, [path for path, k in keys.items() if k.resume == "ask"], n=1)
+            problems.append(f"--accept {name}: is not a key of a recipe" + (f"; did you mean {near[0]}?" if near else
+                            "; `nvlm-train recipe keys` lists them"))  # fmt: skip
+        elif key.resume == "fixed" and not any(k.resume == "ask" for p, k in keys.items() if p.startswith(key.path + ".")):
+            problems.append(f"--accept {name}: this key is fixed for the life of a run; use an output_dir of its own")
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def _accepted(key: str, accept: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in accept)
+
+
+def resume_of(name: str) -> str:
+    """free, ask or fixed, of a dotted key; a key this version does not know is fixed."""
+    parts = tuple(name.split("."))
+    key = find_key(parts)
+    return key.resume if key is not None else "fixed"
+
+
+def _effective(values: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys, with an absent section written out as its defaults where all of its keys have one."""
+    full = dict(values)
+    for name, key in all_keys(Recipe).items():
+        if "." not in name and full.get(name, None) is None and key.section is not None and not key.named:
+            try:
+                full[name] = key.section().model_dump(mode="python")
+            except ValueError:  # a section with required keys stays absent
+                continue
+    return {name: value for name, value in flatten(full).items() if value != {}}
+
+
+def _container_of_one_side(name: str, before: dict[str, Any], after: dict[str, Any]) -> tuple[str, str] | None:
+    """(data.mixture.coco, ask) for a key of a source that only one of the two recipes has."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        key = find_key(tuple(parts[:depth]))
+        if key is not None and key.named:
+            source = ".".join(parts[: depth + 1])
+            if _has_below(before, source) != _has_below(after, source):
+                return source, key.resume
+            return None
+    return None
+
+
+def _has_below(flat: dict[str, Any], prefix: str) -> bool:
+    return any(name.startswith(prefix + ".") for name in flat)
