@@ -18,13 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class _Spread(torch.autograd.Function):
-    """Rows of `x` to rows `places` of a zero tensor; every place is used at most once, so backward is a plain read."""
+class _Pad(torch.autograd.Function):
+    """Rows `sources` of `x`; only the rows `places` of the result count in backward, and each is another row of `x`.
+
+    Padding repeats a row of its own segment and gets no gradient. torch's own index_select adds up row by row in
+    backward, which on the CPU takes ten times as long as this.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor, num_rows: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sources: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
-        return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, places, x)
+        return x.index_select(0, sources)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -32,8 +36,8 @@ class _Spread(torch.autograd.Function):
         return grads[0].index_select(0, places), None, None
 
 
-class _Collect(torch.autograd.Function):
-    """Rows `places` of `x`; the inverse of `_Spread`. torch's own index_select adds up row by row in backward."""
+class _Pick(torch.autograd.Function):
+    """Rows `places` of `x`, all different; the gradient of every other row is zero."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
@@ -44,18 +48,18 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
-        grad = grads[0]
-        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, places, grad), None
+        return grads[0].new_zeros(ctx.num_rows, *grads[0].shape[1:]).index_copy_(0, places, grads[0]), None
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
     """[G, M, N, H] x [G, M, K, H] -> [G, M, N, H]: every row of the first dimension on its own."""
-    repeats = q.shape[2] // k.shape[2]
-    if repeats > 1:
-        k = k.repeat_interleave(repeats, dim=2)  # [G, M, N, H]
-        v = v.repeat_interleave(repeats, dim=2)  # [G, M, N, H]
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal and mask is None
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        enable_gqa=q.shape[2] != k.shape[2],
     )  # [G, N, M, H]
     return out.transpose(1, 2)  # [G, M, N, H]
 
@@ -99,28 +103,27 @@ def torch_attention(
     flat = [x.reshape(rows * length, *x.shape[2:]) for x in (q, k, v)]  # [B*S, heads, H]
     pieces, tokens = [], []
     for members in classes:
-        longest = max(lengths[i] for i in members)
-        starts = torch.tensor([bounds[i] for i in members]).unsqueeze(1)  # [G, 1]
         own = torch.tensor([lengths[i] for i in members]).unsqueeze(1)  # [G, 1]
+        longest = max(lengths[i] for i in members)
         steps = torch.arange(longest).unsqueeze(0)  # [1, M]
         real = steps < own  # [G, M]
-        places = real.flatten().nonzero().squeeze(1).to(q.device)  # [tokens of the class], rows of the padded layout
-        source = (starts + steps)[real].to(q.device)  # [tokens of the class], rows of the flat layout
-        padded = [
-            _Spread.apply(x if len(classes) == 1 else _Collect.apply(x, source), places, real.numel()).unflatten(
-                0, (len(members), longest)
-            )
-            for x in flat
-        ]  # [G, M, heads, H]
-        # Padding queries also need a key (softmax over nothing is NaN): the mask is on keys only.
+        places = real.flatten().nonzero().squeeze(1).to(q.device)  # [tokens of the class] rows of the padded layout
+        firsts = own.cumsum(0) - own  # [G, 1] counted in the class's own tokens
+        sources = (firsts + torch.minimum(steps, own - 1)).flatten().to(q.device)  # [G*M]
+        inputs = flat
+        if len(classes) > 1:
+            starts = torch.tensor([bounds[i] for i in members]).unsqueeze(1)  # [G, 1] counted in all tokens
+            tokens.append((starts + steps)[real].to(q.device))  # [tokens of the class]
+            inputs = [_Pick.apply(x, tokens[-1]) for x in flat]  # [tokens of the class, heads, H] each
+        padded = [_Pad.apply(x, sources, places).unflatten(0, (-1, longest)) for x in inputs]  # [G, M, heads, H] each
+        # On keys only: a padding query needs a key as well (softmax over nothing is NaN), and nobody reads it.
         mask = None if causal else real[:, None, None, :].to(q.device)  # [G, 1, 1, M]
         out = _dense(padded[0], padded[1], padded[2], causal, mask)  # [G, M, N, H]
-        pieces.append(_Collect.apply(out.flatten(0, 1), places))  # [tokens of the class, N, H]
-        tokens.append(source)
+        pieces.append(_Pick.apply(out.flatten(0, 1), places))  # [tokens of the class, N, H]
     if len(classes) == 1:
         return pieces[0].unflatten(0, (rows, length))  # [B, S, N, H]
-    joined = _Spread.apply(torch.cat(pieces), torch.cat(tokens), rows * length)  # [B*S, N, H]
-    return joined.unflatten(0, (rows, length))  # [B, S, N, H]
+    back = torch.cat(tokens).argsort()  # [B*S] where each token stands among the pieces
+    return _Pick.apply(torch.cat(pieces), back).unflatten(0, (rows, length))  # [B, S, N, H]
 
 
 @cache

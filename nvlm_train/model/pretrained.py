@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,7 +43,7 @@ class Weights(Protocol):
         """The tensor on the CPU in its stored type; may be a view of a mapped file: do not write into it."""
 
     def where(self, name: str) -> str:
-        """"file:key", for messages and for a run's record of what it started from."""
+        """Where it is read from, as "file:key", for messages and for a run's record of its origin."""
 
 
 # ------------------------------------------------------------------------------------------------- a folder of weights
@@ -440,15 +440,19 @@ def fill(
     seed: int,
     slice_of: Callable[[nn.Parameter], tuple[int, int] | None],
     write: Callable[[nn.Parameter, Tensor], None],
+    skip: Container[str] = (),
 ) -> None:
     """Gives every parameter of `model` its value, one tensor at a time, each process only the part that it holds.
 
     A name that `weights` does not have gets its `initial_value`; call `account` first, which says which those are.
     slice_of: the elements [start, end) of the flattened parameter held here (end may lie beyond it), or None for all.
     write: takes the parameter and the value, in the file's type: flat where slice_of gave a slice, else in shape.
+    skip: names left as they are, because a checkpoint brings them.
     """
     there = set(weights.names())
     for name, parameter in model.named_parameters():
+        if name in skip:
+            continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty parameter behind
         value = weights.read(name) if name in there else initial_value(name, shape, seed, config)
         if tuple(value.shape) != shape:
