@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""Writes tiny random InternViT and Qwen2 folders in the published formats, to try the loaders without a download.
+
+    scripts/make_tiny_checkpoints.py OUT [--seed N]
+
+makes OUT/internvit (one file), OUT/qwen2 (three shards with an index) and OUT/qwen2_tied (one file, no head). The two
+writers are importable: `scripts/make_demo_backbones` and the tests write trained or chosen weights with them.
+Norms and LayerScale are random too, so that a loader that forgets one does not go unnoticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works before the package is installed
+
+from nvlm_train.model.decoder import LanguageModel
+from nvlm_train.model.pretrained import INDEX_NAME, SINGLE_NAME
+from nvlm_train.model.vision import InternVit
+from nvlm_train.recipe import schema
+
+TINY_VISION: dict[str, Any] = dict(
+    hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=3, image_size=28, patch_size=7
+)
+TINY_LANGUAGE_MODEL: dict[str, Any] = dict(
+    hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=320
+)  # fmt: skip
+
+
+def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    """fp32 tensors by name: norms around 1, LayerScale around 0.1, everything else normal with 0.05; nothing constant."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name in sorted(shapes):
+        noise = torch.randn(shapes[name], generator=generator)
+        owner, _, leaf = name.rpartition(".")
+        if leaf in ("ls1", "ls2"):
+            state[name] = 0.1 + 0.03 * noise
+        elif leaf == "weight" and "norm" in owner.rpartition(".")[2]:
+            state[name] = 1.0 + 0.2 * noise
+        else:
+            state[name] = 0.05 * noise
+    return state
+
+
+def write_internvit_folder(
+    path: str | Path, vision: schema.Vision, state: Mapping[str, Tensor] | None = None, *, seed: int = 0
+) -> Path:
+    """An InternViT folder: config.json and model.safetensors.
+
+    state: tensors by published name, or by ours (`vision_model.*`; other names are left out); None: random from seed.
+    """
+    with torch.device("meta"):
+        tower = InternVit(vision)
+    chosen = _published(state, "vision_model.", {n: tuple(p.shape) for n, p in tower.named_parameters()}, seed)
+    config = {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "attention_dropout": 0.0,
+        "drop_path_rate": 0.0,
+        "dropout": 0.0,
+        "hidden_act": "gelu",
+        "hidden_size": vision.hidden_size,
+        "image_size": vision.image_size,
+        "initializer_factor": 0.1,
+        "initializer_range": 1e-10,
+        "intermediate_size": vision.intermediate_size,
+        "layer_norm_eps": vision.layer_norm_eps,
+        "num_attention_heads": vision.num_attention_heads,
+        "num_channels": 3,
+        "num_hidden_layers": vision.num_hidden_layers,
+        "patch_size": vision.patch_size,
+        "qk_normalization": True,
+        "qkv_bias": False,
+        "torch_dtype": _dtype_name(chosen),
+        "use_flash_attn": True,
+    }
+    return _write(Path(path), config, chosen, 1)
+
+
+def write_qwen2_folder(
+    path: str | Path,
+    lm: schema.LanguageModel,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    seed: int = 0,
+    num_shards: int = 1,
+) -> Path:
+    """A Qwen2 folder: config.json and model.safetensors, or num_shards files with an index. A tied head is left out.
+
+    state: tensors by published name, or by ours (`language_model.*`; other names are left out); None: random from seed.
+    """
+    with torch.device("meta"):
+        model = LanguageModel(lm)
+    chosen = _published(state, "language_model.", {n: tuple(p.shape) for n, p in model.named_parameters()}, seed)
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "hidden_act": "silu",
+        "hidden_size": lm.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": lm.intermediate_size,
+        "max_position_embeddings": lm.max_position_embeddings,
+        "num_attention_heads": lm.num_attention_heads,
+        "num_hidden_layers": lm.num_hidden_layers,
+        "num_key_value_heads": lm.num_key_value_heads,
+        "rms_norm_eps": lm.rms_norm_eps,
+        "rope_theta": lm.rope_theta,
+        "tie_word_embeddings": lm.tie_word_embeddings,
+        "torch_dtype": _dtype_name(chosen),
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": lm.vocab_size,
+    }
+    return _write(Path(path), config, chosen, num_shards)
+
+
+def _published(
+    state: Mapping[str, Tensor] | None, prefix: str, shapes: Mapping[str, tuple[int, ...]], seed: int
+) -> dict[str, Tensor]:
+    """Exactly the tensors of `shapes`, contiguous, from a state under either name."""
+    if state is None:
+        return random_state(shapes, seed)
+    chosen = {name: state[prefix + name] if prefix + name in state else state[name] for name in shapes}
+    for name, tensor in chosen.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, the sizes say {list(shapes[name])}")
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in chosen.items()}
+
+
+def _dtype_name(state: Mapping[str, Tensor]) -> str:
+    return str(next(iter(state.values())).dtype).removeprefix("torch.")
+
+
+def _write(folder: Path, config: dict[str, Any], state: dict[str, Tensor], num_shards: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if num_shards == 1:
+        save_file(state, folder / SINGLE_NAME, metadata={"format": "pt"})
+        return folder
+    names = sorted(state)
+    weight_map = {}
+    for number in range(num_shards):
+        shard = f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
+        part = {name: state[name] for name in names[number::num_shards]}
+        save_file(part, folder / shard, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, shard))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("out", type=Path, help="folder to write into")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    args = parser.parse_args()
+    vision = schema.Vision.model_validate(TINY_VISION)
+    untied = schema.LanguageModel.model_validate(TINY_LANGUAGE_MODEL)
+    tied = schema.LanguageModel.model_validate({**TINY_LANGUAGE_MODEL, "tie_word_embeddings": True})
+    for folder in (
+        write_internvit_folder(args.out / "internvit", vision, seed=args.seed),
+        write_qwen2_folder(args.out / "qwen2", untied, seed=args.seed, num_shards=3),
+        write_qwen2_folder(args.out / "qwen2_tied", tied, seed=args.seed),
+    ):
+        print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
