@@ -1,0 +1,302 @@
+"""The command `nvlm-train`: one table of verbs. Each verb imports what it needs when it runs, then calls one function.
+
+Exit codes: 0 done, 1 a bug (with its traceback), 2 something the user can put right, 130 interrupted. What is asked for
+goes to stdout, progress and errors to stderr. Nothing heavy is imported here, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from nvlm_train import __version__
+from nvlm_train.errors import NvlmError, SetupError
+from nvlm_train.log import rank_from_environment, set_up_logging
+
+PROG = "nvlm-train"
+
+
+class Verb(NamedTuple):
+    """One verb: what it is for, the arguments it takes, an example, and what it runs."""
+
+    summary: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    example: str
+    run: Callable[[argparse.Namespace], int]
+
+
+# ------------------------------------------------------------------------------------------------------ what verbs run
+
+
+def _recipe(name: str) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        from nvlm_train.recipe.show import COMMANDS
+
+        return COMMANDS[name](args)
+
+    return run
+
+
+def _train(args: argparse.Namespace) -> int:
+    from nvlm_train.recipe.load import load_recipe
+
+    loaded = load_recipe(args.recipe, args.overrides)  # before torch: a typing mistake shows at once
+
+    from nvlm_train.train.loop import train
+
+    return train(loaded, args.resume, args.accept)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from nvlm_train.export.hf import export_command
+
+    return export_command(args)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from nvlm_train.export.verify import verify_command
+
+    return verify_command(args)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from nvlm_train.infer.generate import generate_command
+
+    return generate_command(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from nvlm_train.infer.evaluate import evaluate_command
+
+    return evaluate_command(args)
+
+
+def _env(args: argparse.Namespace) -> int:
+    found = environment()
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        for name, value in found.items():
+            print(f"{name:<24}{value}")
+    return 0
+
+
+def environment() -> dict[str, str]:
+    """Versions, devices and launcher variables, as a bug report needs them. Imports torch, nothing else heavy."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"nvlm_train": __version__, "python": platform.python_version(), "system": platform.platform()}
+    for package in ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pydantic", "pyyaml", "pillow",
+                    "triton", "wandb", "tensorboard"):  # fmt: skip
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["cpus"] = str(os.cpu_count())
+    if found["torch"] != "not installed":
+        import torch
+
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        found["gpus"] = ", ".join(names) or "none"
+        found["cuda of torch"] = str(torch.version.cuda)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS"):
+        if name in os.environ:
+            found[name] = os.environ[name]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- what verbs are given
+
+
+def _json_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable report on stdout")
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="R.yaml", help="the recipe")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that win over the file's: optimizer.lr=1e-5")
+
+
+def _recipe_on_ranks(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--world-size", type=_positive, metavar="N", help="number of ranks (default: WORLD_SIZE, or 1)")
+    _json_flag(parser)
+
+
+def _diff_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", help="a recipe, or a run directory")
+    parser.add_argument("b", metavar="B", help="another")
+    _json_flag(parser)
+
+
+def _keys_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="only keys that begin so: optimizer")
+    _json_flag(parser)
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--resume", choices=("auto", "never"), default="auto",
+                        help="auto: go on from the newest checkpoint of output_dir, if there is one; "
+                             "never: refuse an output_dir that holds a run")  # fmt: skip
+    parser.add_argument("--accept", action="append", default=[], metavar="KEY",
+                        help="let this `ask` key differ from the run's recipe; may be given several times")  # fmt: skip
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN[/step_N]", help="run directory (its newest checkpoint), or one checkpoint of it")
+    parser.add_argument("out", metavar="OUT", help="folder to write; must not hold another export")
+    parser.add_argument("--no-verify", action="store_true", help="do not reload and compare the export")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the weights (default: bf16)")
+    parser.add_argument("--max-shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
+    _json_flag(parser)
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", help="exported folder")
+    parser.add_argument("--against", required=True, metavar="RUN[/step_N]", help="the checkpoint it was made of")
+    _json_flag(parser)
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", help="exported folder")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be given several times")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
+    parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)")
+    _json_flag(parser)
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", help="exported folder, or a plain Qwen2 folder for data without images")
+    parser.add_argument("--data", required=True, metavar="FILE", help="JSONL whose last assistant turns are the right answers")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows")
+    _json_flag(parser)
+
+
+def _positive(text: str) -> int:
+    number = int(text)  # argparse answers a ValueError with the argument's name and value
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+_positive.__name__ = "whole number"  # what argparse calls it in "invalid whole number value"
+
+VERBS: dict[str, Verb] = {
+    "recipe check": Verb("say whether a recipe is good; all of its problems at once", _recipe_on_ranks,
+                         "recipe check recipes/quickstart.yaml optimizer.lr=1e-3", _recipe("check")),
+    "recipe show": Verb("every effective value with its origin, and what follows from them", _recipe_on_ranks,
+                        "recipe show recipes/nvlm_d_72b/2_sft.yaml --world-size 64", _recipe("show")),
+    "recipe diff": Verb("the keys in which two recipes or runs differ", _diff_arguments,
+                        "recipe diff recipes/nvlm_d_72b/1_pretrain.yaml recipes/nvlm_d_72b/2_sft.yaml", _recipe("diff")),
+    "recipe keys": Verb("every key: type, default, whether a resume may change it, meaning", _keys_arguments,
+                        "recipe keys optimizer", _recipe("keys")),
+    "recipe schema": Verb("the JSON schema, for editors", lambda parser: None,
+                          "recipe schema > recipe.schema.json", _recipe("schema")),
+    "train": Verb("train; again: go on where it stopped", _train_arguments,
+                  "train recipes/quickstart.yaml max_steps=20\n"
+                  "  torchrun --nproc-per-node 8 -m nvlm_train train recipes/nvlm_d_72b/2_sft.yaml", _train),
+    "export": Verb("write a run as a Hugging Face folder, and verify it", _export_arguments,
+                   "export runs/quickstart exports/quickstart", _export),
+    "verify": Verb("compare an export with the checkpoint it was made of", _verify_arguments,
+                   "verify exports/quickstart --against runs/quickstart/step_600", _verify),
+    "generate": Verb("answer a question about images", _generate_arguments,
+                     'generate exports/quickstart --image two_digits.png --prompt "What is the sum?"', _generate),
+    "evaluate": Verb("share of right answers on held-out data", _evaluate_arguments,
+                     "evaluate exports/quickstart --data demo/held_out.jsonl --json", _evaluate),
+    "env": Verb("versions, devices and launcher variables", _json_flag, "env --json", _env),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ the command
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors in our form."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SetupError(f"{self.prog}: {message}; `{self.prog} --help` shows what it takes")
+
+
+def _parser_of(name: str) -> argparse.ArgumentParser:
+    verb = VERBS[name]
+    parser = _Parser(
+        prog=f"{PROG} {name}", description=verb.summary[0].upper() + verb.summary[1:] + ".", allow_abbrev=False,
+        epilog=f"example:\n  {PROG} {verb.example}", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    verb.arguments(parser)
+    return parser
+
+
+def _overview(group: str = "") -> str:
+    names = [name for name in VERBS if name.startswith(group)]
+    width = max(map(len, names))
+    lines = [f"usage: {PROG} {group}VERB ...", "", "Train, fine-tune and export NVLM-style multimodal models.", ""]
+    lines += [f"  {name:<{width}}  {VERBS[name].summary}" for name in names]
+    lines += ["", f"`{PROG} VERB --help` shows a verb's arguments and an example; `{PROG} --version` the version.", "", "example:"]
+    lines.append(f"  {PROG} {VERBS[names[0]].example}")
+    return "\n".join(lines)
+
+
+def _find_verb(argv: list[str]) -> tuple[str, list[str]] | None:
+    """(name, remaining arguments), or None after an overview was printed. Raises SetupError for an unknown verb."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return None
+    if argv[0] in ("-V", "--version"):
+        print(f"{PROG} {__version__}")
+        return None
+    if argv[0] in VERBS:
+        return argv[0], argv[1:]
+    if argv[0] == "recipe":
+        if len(argv) == 1 or argv[1] in ("-h", "--help"):
+            print(_overview("recipe "))
+            return None
+        if f"recipe {argv[1]}" in VERBS:
+            return f"recipe {argv[1]}", argv[2:]
+        raise SetupError(_unknown(argv[1], [name.split()[1] for name in VERBS if name.startswith("recipe ")], "recipe "))
+    raise SetupError(_unknown(argv[0], [*dict.fromkeys(name.split()[0] for name in VERBS)], ""))
+
+
+def _unknown(word: str, words: Sequence[str], group: str) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    if not near and not group and f"recipe {word}" in VERBS:
+        near = [f"recipe {word}"]
+    if not near and not group and word.endswith((".yaml", ".yml")):
+        near = [f"train {word}"]
+    hint = f"did you mean `{PROG} {group}{near[0]}`?" if near else f"use one of {', '.join(words)}"
+    return f"{PROG} {group}{word}: is not a verb; {hint}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code. Errors that are not the user's to mend keep their traceback."""
+    try:
+        found = _find_verb(list(sys.argv[1:] if argv is None else argv))
+        if found is None:
+            return 0
+        name, rest = found
+        try:
+            args: Any = _parser_of(name).parse_intermixed_args(rest)
+        except SystemExit as leaving:  # --help
+            return int(leaving.code or 0)
+        set_up_logging()
+        code = VERBS[name].run(args)
+        sys.stdout.flush()
+        return code
+    except NvlmError as error:
+        rank = rank_from_environment()
+        # every rank finds the same mistake: one of them tells it whole
+        print(f"error: {error}" if rank == 0 else f"[rank {rank}] error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (`| head`) has seen enough; keep Python from complaining while it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
