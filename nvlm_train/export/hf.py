@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from nvlm_train.errors import CheckpointError, NvlmError, SetupError
+from nvlm_train.errors import CheckpointError, SetupError
 from nvlm_train.export import card, key_map
 from nvlm_train.log import get_logger
 
@@ -117,9 +117,11 @@ def parse_size(size: str | int) -> int:
 def plan_shards(model: Model, dtype: str, max_shard_bytes: int) -> list[list[tuple[str, tuple[int, ...], int]]]:
     """The tensors of each shard in model order: (our name, published shape, bytes). A shard never exceeds the limit
     unless a single tensor does."""
+    from nvlm_train.model.pretrained import expected_shapes
+
     shards: list[list[tuple[str, tuple[int, ...], int]]] = [[]]
     used = 0
-    for name, shape in key_map.our_shapes(model).items():
+    for name, shape in expected_shapes(model).items():
         shape = key_map.published_shape(name, shape, model.vision)
         size = DTYPES[dtype][2]
         for length in shape:
@@ -293,7 +295,8 @@ def chat_template(template: str, system: str | None) -> str:
 def special_token_ids(folder: Path, vocab_size: int) -> dict[str, int]:
     """Ids of im_start, im_end, pad and image tokens in a tokenizer folder.
 
-    CheckpointError when there is no tokenizer, a token is missing, or an id lies beyond the embedding's vocab_size rows.
+    CheckpointError when there is no tokenizer, a token is missing, or an id lies beyond the vocab_size rows of the
+    embedding.
     """
     ids: dict[str, int] = {}
     try:
@@ -315,7 +318,9 @@ def special_token_ids(folder: Path, vocab_size: int) -> dict[str, int]:
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from None
     missing = [token for token in CONTROL_TOKENS.values() if token not in ids]
     if missing:
-        raise CheckpointError(f"the tokenizer in {folder} has no token {', '.join(missing)}; NVLM-D's format needs them")
+        raise CheckpointError(
+            f"the tokenizer in {folder} has no token {', '.join(missing)}; NVLM-D's format needs them"
+        )
     largest = max(ids.values())
     if largest >= vocab_size:
         raise CheckpointError(
@@ -352,7 +357,9 @@ def _write_tokenizer(folder: Path, out: Path, recipe: dict[str, Any]) -> None:
 
 def _check_tensors(weights: Weights, model: Model) -> None:
     """CheckpointError listing every tensor that is missing, unexpected or mis-shaped, before anything is written."""
-    expected = key_map.our_shapes(model)
+    from nvlm_train.model.pretrained import expected_shapes
+
+    expected = expected_shapes(model)
     present = set(weights.names())
     if model.language_model.tie_word_embeddings:
         present.discard(key_map.LM_HEAD)
@@ -361,7 +368,7 @@ def _check_tensors(weights: Weights, model: Model) -> None:
     for name, shape in expected.items():
         if name in present and tuple(weights.shape(name)) != shape:
             problems.append(
-                f"shape: {name} is {list(weights.shape(name))} in {weights.where(name)}, the recipe's model needs {list(shape)}"
+                f"shape: {name} is {list(weights.shape(name))} in {weights.where(name)}, the recipe needs {list(shape)}"
             )
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
@@ -383,7 +390,7 @@ def _write_weights(
     def read(name: str) -> Tensor:
         tensor = key_map.pad(name, weights.read(name).to(torch_dtype), model.vision)
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} in {weights.where(name)} holds NaN or infinite values; such a model is not exported")
+            raise CheckpointError(f"{name} in {weights.where(name)} holds NaN or infinite values; it is not exported")
         return tensor
 
     total = sum(size for shard in shards for _, _, size in shard)
@@ -426,8 +433,10 @@ def write_safetensors(
     for name, shape, size in tensors:
         tensor = read(name)
         if tuple(tensor.shape) != shape or tensor.nbytes != size:
-            raise CheckpointError(f"{name}: read {list(tensor.shape)} {tensor.dtype}, planned {list(shape)} in {size} bytes")
-        stream.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            raise CheckpointError(
+                f"{name}: read {list(tensor.shape)} {tensor.dtype}, planned {list(shape)} in {size} bytes"
+            )
+        stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         wrote(size)
 
 
@@ -453,6 +462,33 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def load_exported(folder: str | Path, dtype: str | None = None) -> Any:
+    """The model of a folder, through transformers as any user loads it; an NVLM-D export or a plain Qwen2.
+
+    dtype: 'fp32' or 'bf16'; default as stored. CheckpointError when the folder is not one that transformers can load.
+    Runs the Python files in an NVLM-D folder: only for folders you trust.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds no config.json; right would be a folder that `nvlm-train export` wrote")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder; never ask a server
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=getattr(torch, DTYPES[dtype][0]) if dtype else "auto"
+        )
+    except Exception as error:  # whatever is wrong in the folder, transformers raises its own for it
+        raise CheckpointError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
+    return model.eval()
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -485,8 +521,8 @@ def export_command(args: Namespace) -> int:
 
     from nvlm_train.export.verify import print_report, verify
 
-    report = verify(out, checkpoint)
+    report = verify(out, checkpoint, checkpoint.recipe)
     print_report(report, as_json=as_json)
     if not report["ok"]:
-        raise NvlmError(f"{out} was written but is not what the checkpoint holds: do not use it")
-    return 0
+        log.error("%s was written but is not what the checkpoint holds: do not use it", out)
+    return 0 if report["ok"] else 1

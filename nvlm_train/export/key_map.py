@@ -36,7 +36,6 @@ _OURS_TO_PUBLISHED = {
 _PUBLISHED_TO_OURS = {published: ours for ours, published in _OURS_TO_PUBLISHED.items()}
 _SAME_NAME = ("vision_model.", "language_model.")
 LM_HEAD = "language_model.lm_head.weight"
-EMBEDDING = "language_model.model.embed_tokens.weight"
 
 
 def to_published(name: str) -> str:
@@ -67,54 +66,6 @@ def padded_width(vision: Vision) -> int:
     """W, the attention width of the tower with its dummy heads; 4096 for the 6B tower."""
     head_size = vision.hidden_size // vision.num_attention_heads
     return vision.hidden_size + NUM_DUMMY_HEADS * head_size
-
-
-def our_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of our NvlmD, in the model's order; a tied output head is not listed.
-
-    72B: 1556 tensors with 78,863,416,704 elements.
-    """
-    vision, lm = model.vision, model.language_model
-    width, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
-    shapes: dict[str, tuple[int, ...]] = {
-        "vision_model.embeddings.class_embedding": (1, 1, width),
-        "vision_model.embeddings.position_embedding": (1, 1 + patches, width),
-        "vision_model.embeddings.patch_embedding.weight": (width, 3, vision.patch_size, vision.patch_size),
-        "vision_model.embeddings.patch_embedding.bias": (width,),
-    }
-    for i in range(vision.num_hidden_layers):
-        layer = f"vision_model.encoder.layers.{i}."
-        for vector in ("norm1.weight", "norm2.weight", "ls1", "ls2", "attn.q_norm.weight", "attn.k_norm.weight"):
-            shapes[layer + vector] = (width,)
-        shapes[layer + "attn.qkv.weight"] = (3 * width, width)
-        shapes[layer + "attn.proj.weight"] = (width, width)
-        shapes[layer + "attn.proj.bias"] = (width,)
-        shapes[layer + "mlp.fc1.weight"] = (vision.intermediate_size, width)
-        shapes[layer + "mlp.fc1.bias"] = (vision.intermediate_size,)
-        shapes[layer + "mlp.fc2.weight"] = (width, vision.intermediate_size)
-        shapes[layer + "mlp.fc2.bias"] = (width,)
-    shapes["projector.norm.weight"] = shapes["projector.norm.bias"] = (4 * width,)
-    shapes["projector.fc1.weight"] = (lm.intermediate_size, 4 * width)
-    shapes["projector.fc2.weight"] = (lm.hidden_size, lm.intermediate_size)
-
-    hidden, head_size = lm.hidden_size, lm.hidden_size // lm.num_attention_heads
-    key_value = lm.num_key_value_heads * head_size
-    shapes[EMBEDDING] = (lm.vocab_size, hidden)
-    for i in range(lm.num_hidden_layers):
-        layer = f"language_model.model.layers.{i}."
-        for projection, rows in (("q", hidden), ("k", key_value), ("v", key_value)):
-            shapes[f"{layer}self_attn.{projection}_proj.weight"] = (rows, hidden)
-            shapes[f"{layer}self_attn.{projection}_proj.bias"] = (rows,)
-        shapes[layer + "self_attn.o_proj.weight"] = (hidden, hidden)
-        shapes[layer + "mlp.gate_proj.weight"] = (lm.intermediate_size, hidden)
-        shapes[layer + "mlp.up_proj.weight"] = (lm.intermediate_size, hidden)
-        shapes[layer + "mlp.down_proj.weight"] = (hidden, lm.intermediate_size)
-        shapes[layer + "input_layernorm.weight"] = (hidden,)
-        shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
-    shapes["language_model.model.norm.weight"] = (hidden,)
-    if not lm.tie_word_embeddings:
-        shapes[LM_HEAD] = (lm.vocab_size, hidden)
-    return shapes
 
 
 def published_shape(name: str, shape: tuple[int, ...], vision: Vision) -> tuple[int, ...]:
@@ -186,7 +137,9 @@ def model_from_recipe(recipe: dict[str, Any]) -> Model:
     try:
         return Model.model_validate(recipe["model"])
     except (KeyError, ValidationError) as error:
-        raise CheckpointError(f"the checkpoint's recipe has no `model` section that this version can read: {error}") from None
+        raise CheckpointError(
+            f"the checkpoint's recipe has no `model` section that this version can read: {error}"
+        ) from None
 
 
 def _padded_kind(name: str) -> str | None:

@@ -8,7 +8,7 @@ version 4 looks for it, which then falls back to another base without an error.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig, Qwen2Config
 
@@ -60,7 +60,7 @@ class NVLM_D_Config(PretrainedConfig):
     """The whole model. Every argument has a default, because transformers builds an empty one to print a difference."""
 
     model_type = "NVLM_D"
-    sub_configs = {"vision_config": NVLM_D_VisionConfig, "llm_config": Qwen2Config}
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": NVLM_D_VisionConfig, "llm_config": Qwen2Config}
 
     def __init__(
         self,
@@ -121,7 +121,8 @@ class NVLM_D_Config(PretrainedConfig):
             decoder["model_type"] = "qwen2"
         for part in (values, decoder, values.get("vision_config")):
             if isinstance(part, dict):
-                part.pop("transformers_version", None)
+                for private in ("transformers_version", "_name_or_path"):  # the second would tell where it was saved from
+                    part.pop(private, None)
                 dtype = part.pop("dtype", None) or part.get("torch_dtype")
                 if dtype is not None:
                     part["torch_dtype"] = str(dtype).removeprefix("torch.")

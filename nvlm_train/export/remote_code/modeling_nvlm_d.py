@@ -11,7 +11,7 @@ Shape letters: T tiles, P patches per tile, E tower width, Q image tokens per ti
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +152,7 @@ class NVLM_D_Model(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VisionLayer", "Qwen2DecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["VisionLayer", "Qwen2DecoderLayer"]
     _skip_keys_device_placement = "past_key_values"
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From prompts and images to the inputs of NVLM-D: tiles, tile tags and chat format as in training.
+
+    processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+    inputs = processor("What is this?", images=[image])
+
+How it was trained (largest number of tiles, thumbnail, tags, template, system text) is read from processor_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, BatchFeature
+from transformers.utils import cached_file
+
+SETTINGS_FILE = "processor_config.json"
+MARKER = "<image>"
+
+
+def choose_grid(width: int, height: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
+    """(columns, rows) of tiles for an image: the grid of at most max_tiles tiles nearest in aspect to width/height.
+
+    Grids are tried by area; of two equally near ones the larger wins when the image has more than half its pixels.
+    """
+    grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1) if c * r <= max_tiles]
+    best, smallest = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        distance = abs(width / height - columns / rows)
+        large_enough = width * height > 0.5 * tile_size * tile_size * columns * rows
+        if distance < smallest or (distance == smallest and large_enough):
+            best, smallest = (columns, rows), distance
+    return best
+
+
+def cut_tiles(image: Image.Image, max_tiles: int, tile_size: int, thumbnail: bool) -> np.ndarray:
+    """u8[t, 3, px, px]: the image resized to its grid and cut row by row; a thumbnail of the whole comes last."""
+    image = image.convert("RGB")
+    columns, rows = choose_grid(image.width, image.height, max_tiles, tile_size)
+    whole = image.resize((columns * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
+    tiles = [
+        whole.crop((c * tile_size, r * tile_size, (c + 1) * tile_size, (r + 1) * tile_size))
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    if thumbnail and len(tiles) > 1:
+        tiles.append(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+    return np.stack([np.asarray(tile) for tile in tiles]).transpose(0, 3, 1, 2)
+
+
+class NVLM_D_Processor:
+    """Tokenizer, tiling and prompt format in one. Rows are padded on the left, ready for `generate`."""
+
+    def __init__(self, tokenizer: Any, settings: dict[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.image_token_id = tokenizer.convert_tokens_to_ids(settings["image_token"])
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> NVLM_D_Processor:
+        """Reads the tokenizer and processor_config.json of a folder or a Hub repository."""
+        kwargs.pop("_from_auto", None)
+        trust = kwargs.pop("trust_remote_code", None)
+        where = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+        settings = json.loads(Path(cached_file(path, SETTINGS_FILE, **where)).read_text(encoding="utf-8"))
+        return cls(AutoTokenizer.from_pretrained(path, trust_remote_code=trust, **where), settings)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
+        """AutoProcessor calls this; the file travels with the export, nothing is left to do."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes tokenizer and settings; the code itself is copied by the model's save_pretrained."""
+        self.tokenizer.save_pretrained(folder)
+        (Path(folder) / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+
+    def __call__(self, prompts: Any, images: Any = None, system: str | None = None) -> BatchFeature:
+        """input_ids i64[B, S], attention_mask i64[B, S] and, where there are images, pixel_values f32[T, 3, px, px].
+
+        prompts: a question; a conversation, [{"role", "content"}] with text content in which `<image>` marks an
+        image, or with parts [{"type": "text", "text": ...}, {"type": "image"}]; or a list of either.
+        images: for one prompt an image or a list of them, for several a list with an entry (None, image or list) each.
+        Images without a mark come first, one to a line. system: replaces the system text of training.
+        """
+        several = isinstance(prompts, list) and not (prompts and isinstance(prompts[0], dict))
+        rows = prompts if several else [prompts]
+        of_row = ([None] * len(rows) if images is None else list(images)) if several else [images]
+        if len(of_row) != len(rows):
+            raise ValueError(f"{len(rows)} prompts, but images holds {len(of_row)} entries; give one for each prompt")
+        encoded, tiles = [], []
+        for prompt, own in zip(rows, of_row):  # noqa: B905 (lengths compared above; Python 3.9 knows no strict)
+            own = [] if own is None else own if isinstance(own, (list, tuple)) else [own]
+            cut = [cut_tiles(i, self.settings["max_tiles"], self.settings["tile_size"], self.settings["thumbnail"])
+                   for i in own]  # fmt: skip
+            encoded.append(self.encode_prompt(prompt, [len(part) for part in cut], system))
+            tiles += cut
+        longest = max(len(ids) for ids in encoded)
+        pad = self.tokenizer.pad_token_id
+        data = {
+            "input_ids": torch.tensor([[pad] * (longest - len(ids)) + ids for ids in encoded]),
+            "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in encoded]),
+        }
+        if tiles:
+            mean, std = (torch.tensor(self.settings[key]).reshape(1, 3, 1, 1) for key in ("image_mean", "image_std"))
+            data["pixel_values"] = (torch.from_numpy(np.concatenate(tiles)).float() / 255 - mean) / std
+        return BatchFeature(data)
+
+    def encode_prompt(self, prompt: Any, tiles_per_image: list[int], system: str | None = None) -> list[int]:
+        """Token ids of a question or conversation up to where the assistant's answer begins."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        system = self.settings["system"] if system is None else system
+        if system is not None and not (messages and messages[0]["role"] == "system"):
+            messages = [{"role": "system", "content": system}, *messages]
+        contents = [self._parts(message["content"]) for message in messages]
+        marks = sum(part is None for parts in contents for part in parts)
+        if marks == 0 and tiles_per_image:
+            first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+            if first is None:
+                raise ValueError("images without a user turn to put them in")
+            contents[first] = [part for _ in tiles_per_image for part in (None, "\n")] + contents[first]
+        elif marks != len(tiles_per_image):
+            raise ValueError(f"the conversation marks {marks} images, but {len(tiles_per_image)} are given")
+        counts = iter(tiles_per_image)
+        ids: list[int] = []
+        for message, parts in zip(messages, contents):  # noqa: B905
+            ids += self._control("<|im_start|>")
+            text = message["role"] + "\n"
+            for part in parts:
+                if part is not None:
+                    text += part
+                    continue
+                more, text = self._image(text, next(counts))
+                ids += more
+            ids += self._text(text) + self._control("<|im_end|>")
+            if self.settings["prompt_template"] == "nvlm_qwen2":
+                ids += self._text("\n")
+        return ids + self._control("<|im_start|>") + self._text("assistant\n")
+
+    def decode(self, ids: Any) -> str:
+        """The text of one answer, without control tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def batch_decode(self, rows: Any) -> list[str]:
+        """The texts of several answers."""
+        return [self.decode(row) for row in rows]
+
+    @staticmethod
+    def _parts(content: Any) -> list[str | None]:
+        """Texts, and None where an image stands."""
+        if isinstance(content, str):
+            texts = content.split(MARKER)
+            return [part for text in texts for part in (None, text)][1:]
+        return [part["text"] if part["type"] == "text" else None for part in content]
+
+    def _image(self, before: str, num_tiles: int) -> tuple[list[int], str]:
+        """Ids of the text before an image and of its tiles, and the text that goes on after them."""
+        tags = [f"<tile_{k}>" for k in range(1, num_tiles)] + ["<tile_global_thumbnail>"]
+        if self.settings["tile_tags"] == "none":
+            tags = [""] * num_tiles
+        ids: list[int] = []
+        text = before + "<Image>"
+        if self.settings["prompt_template"] == "nvlm_qwen2":  # tags are tokenised apart from what is before them
+            ids, text = self._text(text), ""
+        for tag in tags:
+            ids += self._text(text + tag) + [self.image_token_id] * self.settings["image_tokens_per_tile"]
+            text = ""
+        return ids, "</Image>"
+
+    def _control(self, token: str) -> list[int]:
+        return [self.tokenizer.convert_tokens_to_ids(token)]
+
+    def _text(self, text: str) -> list[int]:
+        """Ordinary text: what looks like a control token in it stays text."""
+        if not text:
+            return []
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -1,0 +1,475 @@
+"""Whether a Hugging Face folder is exactly what a checkpoint holds.
+
+Two things are compared on their own: every tensor, bit for bit, with the checkpoint's (through a list of names and
+shapes written here a second time, from config.json, so that a slip in key_map.py cannot hide itself), and the logits of
+the folder, loaded through transformers as any user loads it, with those of the model that was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvlm_train.errors import CheckpointError
+from nvlm_train.export import hf
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from nvlm_train.batch import Batch
+    from nvlm_train.model.pretrained import Weights
+    from nvlm_train.recipe.schema import Model
+
+INDEX = "model.safetensors.index.json"
+NEEDED_FILES = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer_config.json", "README.md", INDEX, *hf.REMOTE_CODE,
+)  # fmt: skip
+# Both sides compute in fp32 from the same rounded weights and differ only in the order of sums.
+# Share of the largest logit; worst case in the tests 1.1e-6.
+LOGIT_TOLERANCE = 2e-5
+_MAX_SHOWN = 20
+
+
+def verify(out: str | Path, weights: Weights, recipe: dict[str, Any], *, logits: bool = True) -> dict[str, Any]:
+    """Compares the folder `out` with the checkpoint's `weights` and `recipe`, and reports every difference.
+
+    Returns {"ok": bool, "out": str, "tensors": int, "bytes": int, "checks": [{"name", "ok", "detail"}], "problems":
+    [str], "logits": {case: {"max_difference", "largest", "tolerance"}}}. A check that could not be made has ok None.
+    CheckpointError when there is no folder to verify.
+    """
+    from nvlm_train.export.key_map import model_from_recipe
+
+    out = Path(out)
+    if not out.is_dir():
+        raise CheckpointError(f"{out} is not a folder; right would be one that `nvlm-train export` wrote")
+    model = model_from_recipe(recipe)
+    checks: list[dict[str, Any]] = []
+    problems: list[str] = []
+    report: dict[str, Any] = {"ok": False, "out": str(out), "tensors": 0, "bytes": 0, "checks": checks,
+                              "problems": problems, "logits": {}}  # fmt: skip
+
+    def record(name: str, found: list[str], detail: str) -> bool:
+        shown = found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "") if found else detail
+        checks.append({"name": name, "ok": not found, "detail": shown})
+        problems.extend(f"{name}: {problem}" for problem in found)
+        return not found
+
+    missing = [f"{name} is missing" for name in NEEDED_FILES if not (out / name).is_file()]
+    changed = [
+        f"{name} differs from the one this version exports"
+        for name in hf.REMOTE_CODE
+        if (out / name).is_file()
+        and (out / name).read_bytes() != (Path(__file__).with_name("remote_code") / name).read_bytes()
+    ]
+    fine = record("files", missing + changed, f"{len(NEEDED_FILES)} files")
+    if (out / "config.json").is_file() and (out / INDEX).is_file():
+        config = _read_json(out / "config.json")
+        fine &= record("config.json", _config_problems(config, model, recipe), "every size as in the recipe")
+        stored, found = _stored_tensors(out)
+        report["tensors"], report["bytes"] = len(stored), sum(tensor["bytes"] for tensor in stored.values())
+        fine &= record("index", found, f"equals the shards, total_size {report['bytes']}")
+        found = _layout_problems(stored, config)
+        fine &= record("layout", found, f"{len(stored)} tensors with the expected names, shapes and dtypes")
+        found = _value_problems(out, stored, weights, model)
+        fine &= record("values", found, f"{len(stored)} tensors equal the checkpoint's bit for bit, all finite")
+        if logits and fine:
+            skipped = _not_enough_memory(report["bytes"], config)
+            if skipped:
+                checks.append({"name": "logits", "ok": None, "detail": skipped})
+            else:
+                report["logits"] = compare_logits(out, weights, model, config)
+                found = [
+                    f"{case}: differ by {result['max_difference']:.2e}, more than {result['tolerance']:.2e}"
+                    for case, result in report["logits"].items()
+                    if not result["max_difference"] <= result["tolerance"]  # NaN is a difference
+                ]
+                worst = max(result["max_difference"] / result["tolerance"] for result in report["logits"].values())
+                fine &= record(
+                    "logits",
+                    found,
+                    f"{len(report['logits'])} inputs through transformers, worst difference {worst:.1%} of the "
+                    f"tolerance ({LOGIT_TOLERANCE:.0e} of the largest logit)",
+                )
+        elif logits:
+            checks.append({"name": "logits", "ok": None, "detail": "not compared: the folder is wrong already"})
+    report["ok"] = fine
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------------ the files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a mapping")
+    return content
+
+
+def _stored_tensors(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What the shards really hold: {name: {file, dtype, shape, bytes}}, and where the index says otherwise."""
+    from safetensors import SafetensorError, safe_open
+
+    index = _read_json(out / INDEX)
+    weight_map: dict[str, str] = index.get("weight_map", {})
+    problems: list[str] = []
+    stored: dict[str, dict[str, Any]] = {}
+    for file in sorted(path.name for path in out.glob("*.safetensors")):
+        if file not in weight_map.values():
+            problems.append(f"{file} is not named in the index")
+        try:
+            with safe_open(out / file, framework="pt") as shard:
+                if (shard.metadata() or {}).get("format") != "pt":
+                    problems.append(f"{file}: metadata `format` is not 'pt'; transformers 4 refuses such a file")
+                for name in shard.keys():
+                    part = shard.get_slice(name)
+                    if name in stored:
+                        problems.append(f"{name} is in {stored[name]['file']} and again in {file}")
+                    elif weight_map.get(name) != file:
+                        problems.append(f"{name} is in {file}, the index says {weight_map.get(name, 'nothing of it')}")
+                    width = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}.get(part.get_dtype(), 0)
+                    shape = tuple(part.get_shape())
+                    size = width
+                    for length in shape:
+                        size *= length
+                    if size == 0:
+                        problems.append(
+                            f"{name} in {file} is empty or of an unexpected type: {shape} {part.get_dtype()}"
+                        )
+                    stored[name] = {"file": file, "dtype": part.get_dtype(), "shape": shape, "bytes": size}
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file} cannot be read: {error}")
+    problems += [f"{name} is in the index but in no shard" for name in sorted(set(weight_map) - set(stored))]
+    total = index.get("metadata", {}).get("total_size")
+    if total != sum(tensor["bytes"] for tensor in stored.values()):
+        problems.append(f"total_size {total} is not the size of the tensors {sum(t['bytes'] for t in stored.values())}")
+    return stored, problems
+
+
+def _config_problems(config: dict[str, Any], model: Model, recipe: dict[str, Any]) -> list[str]:
+    """Keys of config.json that readers rely on and that do not say what the recipe says."""
+    vision, lm = model.vision, model.language_model
+    expected: dict[str, Any] = {
+        "architectures": ["NVLM_D"], "model_type": "NVLM_D", "select_layer": -1, "ps_version": "v2",
+        "downsample_ratio": 0.5, "min_dynamic_patch": 1, "force_image_size": vision.image_size,
+        "max_dynamic_patch": recipe["data"]["tiling"]["max_tiles"],
+        "use_thumbnail": recipe["data"]["tiling"]["thumbnail"],
+        "tie_word_embeddings": lm.tie_word_embeddings,
+        "projector_layer_norm_eps": model.projector.layer_norm_eps,
+        "vision_config.norm_type": "rms_norm", "vision_config.qk_normalization": True, "vision_config.qkv_bias": False,
+        "vision_config.num_dummy_heads": 7, "vision_config.hidden_act": "gelu",
+        "llm_config.architectures": ["Qwen2ForCausalLM"], "llm_config.model_type": "qwen2",
+    }  # fmt: skip
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
+                "patch_size", "layer_norm_eps"):  # fmt: skip
+        expected[f"vision_config.{key}"] = getattr(vision, key)
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "vocab_size", "tie_word_embeddings", "rms_norm_eps", "rope_theta",
+                "max_position_embeddings"):  # fmt: skip
+        expected[f"llm_config.{key}"] = getattr(lm, key)
+    problems = []
+    for dotted, value in expected.items():
+        found: Any = config
+        for key in dotted.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        if found != value or isinstance(found, bool) != isinstance(value, bool):
+            problems.append(f"{dotted} is {found!r}, the checkpoint's recipe means {value!r}")
+    if (config.get("llm_config") or {}).get("rope_scaling") is not None:
+        problems.append("llm_config.rope_scaling is set; the model was trained without, and some readers obey it")
+    dtypes = {
+        (part or {}).get("torch_dtype") for part in (config, config.get("llm_config"), config.get("vision_config"))
+    }
+    if len(dtypes) != 1 or not dtypes <= {"bfloat16", "float32"}:
+        problems.append(
+            f"torch_dtype is {sorted(map(str, dtypes))}, needed is one of bfloat16, float32 in all three places"
+        )
+    return problems
+
+
+def expected_layout(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the published layout, from config.json alone.
+
+    Written without looking at key_map.py, row by row from the table of the published repository's index.
+    """
+    v, t = config["vision_config"], config["llm_config"]
+    d, f, h, i = v["hidden_size"], v["intermediate_size"], t["hidden_size"], t["intermediate_size"]
+    wide = d // v["num_attention_heads"] * (v["num_attention_heads"] + 7)
+    kv = h // t["num_attention_heads"] * t["num_key_value_heads"]
+    tower = {
+        "norm1.weight": (d,), "norm2.weight": (d,), "ls1": (d,), "ls2": (d,),
+        "attn.qkv.weight": (3 * wide, d), "attn.q_norm.weight": (wide,), "attn.k_norm.weight": (wide,),
+        "attn.proj.weight": (d, wide), "attn.proj.bias": (d,),
+        "mlp.fc1.weight": (f, d), "mlp.fc1.bias": (f,), "mlp.fc2.weight": (d, f), "mlp.fc2.bias": (d,),
+    }  # fmt: skip
+    decoder = {
+        "input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,),
+        "self_attn.q_proj.weight": (h, h), "self_attn.q_proj.bias": (h,),
+        "self_attn.k_proj.weight": (kv, h), "self_attn.k_proj.bias": (kv,),
+        "self_attn.v_proj.weight": (kv, h), "self_attn.v_proj.bias": (kv,),
+        "self_attn.o_proj.weight": (h, h),
+        "mlp.gate_proj.weight": (i, h), "mlp.up_proj.weight": (i, h), "mlp.down_proj.weight": (h, i),
+    }  # fmt: skip
+    layout: dict[str, tuple[int, ...]] = {
+        "mlp1.0.weight": (4 * d,), "mlp1.0.bias": (4 * d,), "mlp1.1.weight": (i, 4 * d), "mlp1.3.weight": (h, i),
+        "vision_model.embeddings.class_embedding": (1, 1, d),
+        "vision_model.embeddings.position_embedding": (1, 1 + (v["image_size"] // v["patch_size"]) ** 2, d),
+        "vision_model.embeddings.patch_embedding.weight": (d, v["num_channels"], v["patch_size"], v["patch_size"]),
+        "vision_model.embeddings.patch_embedding.bias": (d,),
+        "language_model.model.embed_tokens.weight": (t["vocab_size"], h),
+        "language_model.model.norm.weight": (h,),
+    }  # fmt: skip
+    if not t["tie_word_embeddings"]:
+        layout["language_model.lm_head.weight"] = (t["vocab_size"], h)
+    for n in range(v["num_hidden_layers"]):
+        layout |= {f"vision_model.encoder.layers.{n}.{name}": shape for name, shape in tower.items()}
+    for n in range(t["num_hidden_layers"]):
+        layout |= {f"language_model.model.layers.{n}.{name}": shape for name, shape in decoder.items()}
+    return layout
+
+
+def _layout_problems(stored: dict[str, dict[str, Any]], config: dict[str, Any]) -> list[str]:
+    try:
+        layout = expected_layout(config)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        return [f"config.json does not describe a model: {type(error).__name__} {error}"]
+    dtype = {"bfloat16": "BF16", "float32": "F32"}.get(str(config.get("torch_dtype")))
+    problems = [f"{name} is missing" for name in layout if name not in stored]
+    problems += [f"{name} does not belong to the layout; loaders fail on it" for name in stored if name not in layout]
+    for name, tensor in stored.items():
+        if name in layout and tensor["shape"] != layout[name]:
+            problems.append(f"{name} is {list(tensor['shape'])}, expected {list(layout[name])}")
+        if tensor["dtype"] != dtype:
+            problems.append(f"{name} is {tensor['dtype']}, torch_dtype says {dtype}")
+    return problems
+
+
+def _value_problems(out: Path, stored: dict[str, dict[str, Any]], weights: Weights, model: Model) -> list[str]:
+    """Every stored tensor against the checkpoint's, one pair in memory at a time."""
+    import torch
+    from safetensors import safe_open
+    from tqdm import tqdm
+
+    available = set(weights.names())
+    renamed = {"mlp1.0.weight": "projector.norm.weight", "mlp1.0.bias": "projector.norm.bias",
+               "mlp1.1.weight": "projector.fc1.weight", "mlp1.3.weight": "projector.fc2.weight"}  # fmt: skip
+    problems = []
+    used = {"language_model.lm_head.weight"} if model.language_model.tie_word_embeddings else set()
+    with tqdm(total=len(stored), desc="verify", unit="tensor", file=sys.stderr, leave=False) as progress:
+        for file in sorted({tensor["file"] for tensor in stored.values()}):
+            with safe_open(out / file, framework="pt") as shard:
+                for name in [name for name, tensor in stored.items() if tensor["file"] == file]:
+                    progress.update(1)
+                    ours = renamed.get(name, name)
+                    if ours not in available:
+                        problems.append(f"{name} has no counterpart in the checkpoint")
+                        continue
+                    used.add(ours)
+                    found = shard.get_tensor(name)
+                    if not bool(torch.isfinite(found).all()):
+                        problems.append(f"{name} holds NaN or infinite values")
+                    expected = _with_dummy_heads(name, weights.read(ours).to(found.dtype), model)
+                    if found.shape != expected.shape:
+                        problems.append(f"{name} is {list(found.shape)}, the checkpoint gives {list(expected.shape)}")
+                    elif not torch.equal(found, expected):
+                        count = int((found != expected).sum())
+                        problems.append(f"{name}: {count} of {found.numel()} values are not the checkpoint's")
+    problems += [f"{name} of the checkpoint is in no shard" for name in sorted(available - used)]
+    return problems
+
+
+def _with_dummy_heads(name: str, tensor: Tensor, model: Model) -> Tensor:
+    """The tower's attention weights with 7 zero heads behind the real ones; a second writing of key_map.pad."""
+    if not name.startswith("vision_model.encoder."):
+        return tensor
+    real = model.vision.hidden_size
+    wide = real // model.vision.num_attention_heads * (model.vision.num_attention_heads + 7)
+    part = name.split(".", 4)[-1]
+    if part == "attn.qkv.weight":
+        padded = tensor.new_zeros(3 * wide, real)
+        for third in range(3):
+            padded[third * wide : third * wide + real] = tensor[third * real : (third + 1) * real]
+        return padded
+    if part in ("attn.q_norm.weight", "attn.k_norm.weight"):
+        padded = tensor.new_zeros(wide)
+        padded[:real] = tensor
+        return padded
+    if part == "attn.proj.weight":
+        padded = tensor.new_zeros(real, wide)
+        padded[:, :real] = tensor
+        return padded
+    return tensor
+
+
+# --------------------------------------------------------------------------------------------------------------- logits
+
+
+class _Rounded:
+    """The checkpoint's weights as the export rounds them, so that the comparison shows errors and not rounding."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        self._weights, self._dtype = weights, dtype
+
+    def names(self) -> list[str]:
+        return self._weights.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._weights.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtype
+
+    def read(self, name: str) -> Tensor:
+        return self._weights.read(name).to(self._dtype)
+
+    def where(self, name: str) -> str:
+        return self._weights.where(name)
+
+
+def compare_logits(out: Path, weights: Weights, model: Model, config: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Logits of the folder through transformers against those of NvlmD with the checkpoint's weights, both in fp32.
+
+    Inputs: text alone, one tile, several tiles, two images, and all of them as one padded batch.
+    Returns {input: {"max_difference", "largest" logit, "tolerance"}}; a padded position is not compared.
+    """
+    import torch
+
+    from nvlm_train.model.nvlm import NvlmD
+    from nvlm_train.model.pretrained import load_into
+
+    inputs = _fixed_inputs(model, config["image_token_id"])
+    ours = NvlmD(model).eval()
+    load_into(ours, _Rounded(weights, getattr(torch, config["torch_dtype"])), model, seed=0)
+    with torch.no_grad():
+        expected = {
+            name: ours.logits(_as_batch(ids, tiles, config["image_token_id"])) for name, (ids, tiles) in inputs.items()
+        }
+    del ours
+    theirs = hf.load_exported(out, "fp32")
+    results: dict[str, dict[str, float]] = {}
+
+    def compare(name: str, found: Tensor, wanted: Tensor) -> None:
+        largest = float(wanted.abs().max())
+        difference = float((found - wanted).abs().max())
+        results[name] = {"max_difference": difference, "largest": largest, "tolerance": LOGIT_TOLERANCE * largest}
+
+    with torch.no_grad():
+        for name, (ids, tiles) in inputs.items():
+            pixels = _normalised(tiles) if len(tiles) else None
+            compare(name, theirs(input_ids=ids[None], pixel_values=pixels).logits, expected[name])
+        longest = max(len(ids) for ids, _ in inputs.values())
+        rows = [torch.nn.functional.pad(ids, (0, longest - len(ids))) for ids, _ in inputs.values()]
+        mask = torch.stack([torch.arange(longest) < len(ids) for ids, _ in inputs.values()]).long()
+        pixels = _normalised(torch.cat([tiles for _, tiles in inputs.values()]))
+        found = theirs(input_ids=torch.stack(rows), attention_mask=mask, pixel_values=pixels).logits
+        real = torch.cat([found[row, : len(ids)] for row, (ids, _) in enumerate(inputs.values())])
+        compare("batch", real, torch.cat([expected[name][0] for name in inputs]))
+    return results
+
+
+def _fixed_inputs(model: Model, image_token: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """{name: (i64[S] token ids, u8[T, 3, px, px] tiles)}, the same on every machine."""
+    import torch
+
+    generator = torch.Generator().manual_seed(20240917)
+    per_tile = (model.vision.image_size // model.vision.patch_size // 2) ** 2
+    size, vocab = model.vision.image_size, model.language_model.vocab_size
+
+    def text(length: int) -> list[int]:
+        ids: list[int] = torch.randint(vocab, (length,), generator=generator).tolist()
+        return [(i + 1) % vocab if i == image_token else i for i in ids]
+
+    def tiles(count: int) -> Tensor:
+        return torch.randint(256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+
+    image = [image_token] * per_tile
+    return {
+        "text only": (torch.tensor(text(11)), tiles(0)),
+        "one tile": (torch.tensor(text(3) + image + text(6)), tiles(1)),
+        "several tiles": (torch.tensor(text(2) + image + text(5) + image + text(5) + image + text(4)), tiles(3)),
+        "two images": (torch.tensor(text(3) + image + text(4) + image + text(7) + image + text(5)), tiles(3)),
+    }
+
+
+def _as_batch(ids: Tensor, tiles: Tensor, image_token: int) -> Batch:
+    import torch
+
+    from nvlm_train.batch import IGNORE_INDEX, Batch
+
+    places = ids == image_token
+    slots = torch.where(places, places.cumsum(0) - 1, -1)
+    return Batch(
+        input_ids=ids[None],
+        labels=torch.full_like(ids, IGNORE_INDEX)[None],
+        position_ids=torch.arange(len(ids))[None],
+        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+        max_seqlen=len(ids),
+        tiles=tiles,
+        image_slots=slots[None],
+        num_trained_tokens=0,
+        num_tile_chunks=1 if len(tiles) else 0,
+    )
+
+
+def _normalised(tiles: Tensor) -> Tensor:
+    import torch
+
+    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (hf.IMAGE_MEAN, hf.IMAGE_STD))
+    return (tiles.float() / 255 - mean) / std
+
+
+def _not_enough_memory(stored_bytes: int, config: dict[str, Any]) -> str | None:
+    """Why the logits cannot be compared on this machine, or None. The two models stand there in turn, in fp32."""
+    parameters = stored_bytes // (2 if config["torch_dtype"] == "bfloat16" else 4)
+    needed = int(parameters * 4 * 1.3)
+    try:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, ValueError, StopIteration):
+        return None
+    if needed > available:
+        return f"NOT COMPARED: needs {needed / 2**30:.0f} GiB of memory, {available / 2**30:.0f} GiB are available"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def print_report(report: dict[str, Any], *, as_json: bool) -> None:
+    """The report on stdout: a line per check and per input, then every problem."""
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    print(f"{report['out']}: {report['tensors']} tensors, {report['bytes'] / 1e6:.1f} MB")
+    for check in report["checks"]:
+        mark = {True: "ok", False: "WRONG", None: "--"}[check["ok"]]
+        print(f"  {mark:5}  {check['name']:12} {check['detail']}")
+    for case, result in report["logits"].items():
+        print(
+            f"         {case:13} largest difference {result['max_difference']:.1e}, allowed {result['tolerance']:.1e}, "
+            f"largest logit {result['largest']:.3g}"
+        )
+    for problem in report["problems"][:_MAX_SHOWN]:
+        print(f"  {problem}")
+    if len(report["problems"]) > _MAX_SHOWN:
+        print(f"  and {len(report['problems']) - _MAX_SHOWN} more (--json lists all)")
+    print("verified" if report["ok"] else "NOT VERIFIED")
+
+
+def verify_command(args: Namespace) -> int:
+    """`nvlm-train verify OUT --against RUN[/step_N]`: 0 equal, 1 different, 2 (an NvlmError) when it cannot tell."""
+    from nvlm_train.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(args.against)
+    report = verify(args.out, checkpoint, checkpoint.recipe)
+    print_report(report, as_json=getattr(args, "json", False))
+    return 0 if report["ok"] else 1
