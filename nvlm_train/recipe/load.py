@@ -231,8 +231,12 @@ def _explain(error: ValidationError, tree: Value, plain: dict[str, Any], shown: 
     }
     repaired = False
     for item in found:
-        place = _place_in_schema(tuple(item["loc"]))
         kind = item["type"]
+        if item["loc"][-1:] == ("[key]",):  # the name of a source
+            bad_name = _line(tree, tuple(item["loc"][:-1]), shown, "is not a good name; use letters, digits, dash and underscore")
+            _add(problems, bad_name)
+            continue
+        place = _place_in_schema(tuple(item["loc"]))
         if kind == "missing":
             if place in renamed or _preset_is_wrong(place, plain, found):
                 continue
@@ -370,7 +374,7 @@ def _wrong_value(item: Any, key: Key | None, place: Place) -> str:
     if kind == "literal_error":
         options = [option.strip() for option in wanted.removeprefix("one of: ").removesuffix(" or null").split(",")]
         near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
-        return f"is not one of {', '.join(options)}" + (f"; did you mean {near[0]}?" if near else f"; use {options[0]}")
+        return f"is not one of {', '.join(options)}" + (f"; did you mean {near[0]}?" if near else "")
     if kind in _SIGNS:
         limit, words = _SIGNS[kind]
         return f"is out of range; it must be {words} {_number(ctx[limit])}"

@@ -15,7 +15,7 @@ from functools import cache
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Resume = Literal["free", "ask", "fixed"]
 
@@ -51,6 +51,7 @@ def _integers_are_numbers(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_integers_are_numbers)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # of a source: no dots, which separate keys
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -269,7 +270,7 @@ class Source(Section):
 class Data(Section):
     """What is trained on, and how it is cut and packed."""
 
-    mixture: dict[str, Source] = key(doc="The sources by name.", resume="ask", min_length=1)
+    mixture: dict[Name, Source] = key(doc="The sources by name.", resume="ask", min_length=1)
     tiling: Tiling = key(Tiling(), doc="How images are cut into tiles.", resume="ask")
     max_tokens_per_sample: int = key(doc="A longer sample is handled by `overlong`.", gt=0, resume="ask")
     pack_tokens: int = key(doc="Tokens in one pack: what one row of a micro batch holds.", gt=0, resume="ask")
@@ -355,6 +356,11 @@ class Schedule(Section):
         None, doc="Step at which min_lr is reached, warm-up included; default: max_steps.", gt=0, resume="ask"
     )
 
+    @field_validator("warmup_steps", mode="after")
+    @classmethod
+    def _no_share_is_no_step(cls, steps: int | float) -> int | float:
+        return 0 if steps == 0 else steps  # 0.0 means the same, so it must hash the same
+
     @model_validator(mode="after")
     def _warmup_is_a_count_or_a_share(self) -> Schedule:
         if isinstance(self.warmup_steps, float) and self.warmup_steps >= 1:
@@ -395,7 +401,7 @@ class Validation(Section):
     """Held-out loss. Changes nothing in training but where `early_stop` ends it."""
 
     every_steps: int = key(500, doc="Steps between validations; the last step is always validated.", gt=0, resume="free")
-    sources: dict[str, Source] = key({}, doc="Sources of their own, by name.", resume="free")
+    sources: dict[Name, Source] = key({}, doc="Sources of their own, by name.", resume="free")
     held_out_share: Number = key(
         0.0, doc="Share of every source of the mixture kept out of training, chosen by a hash of the sample.", ge=0, lt=1, resume="fixed"
     )
@@ -546,7 +552,8 @@ def type_text(annotation: Any, metadata: Any = ()) -> str:
     if origin is Annotated:
         return type_text(args[0], args[1:])
     if origin in (Union, UnionType):
-        return " or ".join("null" if arg is type(None) else type_text(arg) for arg in args) + _limits(metadata)
+        words = " or ".join(type_text(arg) for arg in args if arg is not type(None)) + _limits(metadata)
+        return words + (" or null" if type(None) in args else "")
     if origin is Literal:
         return "one of: " + ", ".join(str(arg) for arg in args)
     if origin is list:
@@ -555,8 +562,8 @@ def type_text(annotation: Any, metadata: Any = ()) -> str:
         return f"mapping of names to {type_text(args[1])}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "section" + (f", or its {annotation.shorthand} alone" if annotation.shorthand else "")
-    words = {int: "whole number", float: "number", bool: "true or false", str: "string"}
-    return words[annotation] + _limits(metadata)
+    names = {int: "whole number", float: "number", bool: "true or false", str: "string"}
+    return names[annotation] + _limits(metadata)
 
 
 def _limits(metadata: Any) -> str:
