@@ -76,7 +76,9 @@ class NvlmD(nn.Module):
                 batch.tiles,
                 dtype,
                 tiles_per_chunk=self.tiles_per_chunk,
-                num_chunks=batch.num_tile_chunks,
+                # At least one call, also where no rank has a tile: a trained weight that nothing uses in a step would
+                # get the gradient of the step before under ZeRO-3.
+                num_chunks=max(1, batch.num_tile_chunks or -(-len(batch.tiles) // self.tiles_per_chunk)),
             )  # [T (+ zero tiles), P, E]
         if features is None and len(batch.tiles):
             raise ValueError(

@@ -1,0 +1,109 @@
+"""Starting and ending torch.distributed and DeepSpeed's communication, and the small control messages of the loop.
+
+Two groups: the default one carries tensors of the model (gloo on CPU, NCCL on GPU); the *control* group is always gloo,
+so that counts, flags and errors travel without touching the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nvlm_train.engine.launch import Launch, export_launch
+from nvlm_train.errors import SetupError
+
+
+@dataclass(frozen=True)
+class World:
+    """The running process groups of this rank."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+
+def start(launch: Launch, timeout_s: float = 600.0) -> World:
+    """Joins the job: sets the device, starts the groups and makes DeepSpeed use them.
+
+    A default group that runs already (a notebook's, a test's) is used as it is. Raises SetupError when this rank's GPU does not exist.
+    """
+    export_launch(launch)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and launch.local_rank >= torch.cuda.device_count():
+        raise SetupError(
+            f"local rank {launch.local_rank} has no GPU: this host shows {torch.cuda.device_count()}; start as many "
+            "ranks per host as it has GPUs"
+        )
+    _quiet_deepspeed(on_gpu)
+    device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)  # its own import sets INFO
+    if not on_gpu:
+        _skip_compiled_operators(deepspeed)
+    timeout = timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+    deepspeed.init_distributed(dist_init_required=False)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return World(launch.rank, launch.world_size, device, control)
+
+
+def stop() -> None:
+    """Leaves the job; safe to call twice."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _quiet_deepspeed(on_gpu: bool) -> None:
+    """DeepSpeed reads these at import. Without dynamo its import of Muon does not load inductor (2 s on a CPU)."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
+    if not on_gpu:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # torch 2.13 prints these for every collective of DeepSpeed, on every rank
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
+
+
+def _skip_compiled_operators(deepspeed: Any) -> None:
+    """On CPU, init_distributed would compile a shared-memory all-reduce for minutes, and fail without ninja.
+
+    Nothing of ours uses a compiled operator of DeepSpeed on CPU, so all of them count as not available.
+    """
+    import deepspeed.ops as ops
+
+    ops.__dict__["__compatible_ops__"] = defaultdict(bool)
+
+
+def sum_over_ranks(world: World, values: list[int] | list[float], dtype: torch.dtype) -> list[Any]:
+    """Element-wise sum over all ranks on the control group. dtype: int64 for counts, float64 for losses."""
+    vector = torch.tensor(values, dtype=dtype)
+    if world.world_size > 1:
+        dist.all_reduce(vector, group=world.control)
+    return list(vector.tolist())
+
+
+def gather(world: World, value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank."""
+    if world.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world.world_size
+    dist.all_gather_object(values, value, group=world.control)
+    return values
+
+
+def barrier(world: World) -> None:
+    """Waits for all ranks, on the control group."""
+    if world.world_size > 1:
+        dist.barrier(group=world.control)

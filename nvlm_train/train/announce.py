@@ -1,0 +1,96 @@
+"""The first screen of a run: everything one would ask about it later."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import nvlm_train
+from nvlm_train.engine.launch import Launch
+from nvlm_train.kernels import select
+from nvlm_train.model.pretrained import Account
+from nvlm_train.recipe.resolve import Resolved
+from nvlm_train.recipe.schema import Recipe
+from nvlm_train.train.state import Start
+
+PACKAGES = ("torch", "deepspeed", "safetensors", "tokenizers", "pydantic")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and what a run depends on."""
+    found = {"nvlm_train": nvlm_train.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_revision() -> str:
+    """Revision of the checkout this package runs from, with "+changes" where it is not clean; "none" without git."""
+
+    def git(*words: str) -> str:
+        folder = Path(nvlm_train.__file__).parent
+        return subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        revision = git("rev-parse", "--short=12", "HEAD")
+        return revision + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "none"
+
+
+def provenance(launch: Launch) -> dict[str, Any]:
+    """What recipe.json records of each attempt."""
+    return {"git": git_revision(), "versions": versions(), "world_size": launch.world_size, "host": platform.node()}
+
+
+def first_screen(
+    recipe: Recipe,
+    resolved: Resolved,
+    launch: Launch,
+    start: Start,
+    account: Account,
+    device: str,
+    attempt: Mapping[str, Any],
+    data_lines: list[str],
+    idle_gpus: int,
+) -> str:
+    """The text, one fact a line."""
+    numbers, trainable = resolved.parameters["total"], resolved.parameters["trainable"]
+    batch = resolved.batch
+    kernels = select(recipe.kernels, device.split(":")[0])
+    gib = {kind: size / 2**30 for kind, size in resolved.memory.items()}
+    lines = [
+        ("recipe", f"{recipe.run_name}  hash {resolved.recipe_hash}"),
+        ("code", f"git {attempt['git']}  " + "  ".join(f"{k} {v}" for k, v in attempt["versions"].items())),
+        ("world", f"{launch.verdict}, {device}"),
+        ("weights", f"{len(account.loaded)} tensors loaded, {len(account.initialised)} initialised from seed {recipe.seed}, "
+                    f"{len(account.ignored)} ignored"),
+        ("parameters", f"{sum(numbers.values()):,} in all, {sum(trainable.values()):,} trained"),
+        *[
+            ("", f"{module}: {count:,} " + (f"trained, lr {resolved.module_lr[module]:g}" if trainable[module] else "frozen"))
+            for module, count in numbers.items()
+        ],
+        ("batch", f"{batch.samples} samples a step in packs of {batch.pack_tokens} tokens, "
+                  f"{batch.world_size} ranks x {batch.micro_batch_size} packs a micro-step"),
+        *[("data" if i == 0 else "", line) for i, line in enumerate(data_lines)],
+        ("memory", "predicted per rank: " + ", ".join(f"{kind} {size:.2f}" for kind, size in gib.items()) + " GiB"),
+        ("kernels", ", ".join(f"{op}: {name} ({reason})" for op, (name, reason) in kernels.items())),
+        ("run", f"{start.run}, " + (f"resumed from {start.checkpoint}" if start.checkpoint else "from the beginning")),
+    ]  # fmt: skip
+    if start.changes:
+        lines.append(("changed", ", ".join(start.changes)))
+    if idle_gpus:
+        lines.append(
+            ("hint", f"{idle_gpus} more GPUs are idle; use them with: torchrun --standalone --nproc_per_node "
+                     f"{idle_gpus + 1} -m nvlm_train train ...")
+        )  # fmt: skip
+    return "\n".join(f"{name:>10}  {text}" for name, text in lines)

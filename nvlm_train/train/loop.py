@@ -1,0 +1,280 @@
+"""A training run, top to bottom: build everything, then load, step, log, validate, save, stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nvlm_train import checkpoint
+from nvlm_train.data.loader import DataPlan, StepData, StepLoader, open_data
+from nvlm_train.engine import dist
+from nvlm_train.engine import engine as zero
+from nvlm_train.engine.launch import resolve_launch
+from nvlm_train.engine.optim import set_learning_rates
+from nvlm_train.errors import DataError, NvlmError
+from nvlm_train.log import set_up_logging
+from nvlm_train.recipe.load import LoadedRecipe
+from nvlm_train.recipe.resolve import Resolved, lr_factor, resolve
+from nvlm_train.recipe.schema import Recipe
+from nvlm_train.train import announce, state
+from nvlm_train.train.loss import tower_features
+from nvlm_train.train.metrics import Clock, Console, MetricsFile, Sink, open_sinks, peak_memory_gib
+from nvlm_train.train.stop import StopRequest
+from nvlm_train.train.validation import ValidationResult, validate
+
+log = logging.getLogger(__name__)
+
+
+def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()) -> int:
+    """Trains a recipe from where its run directory stands to `max_steps`, or until somebody asks it to stop.
+
+    Returns the exit code. Raises NvlmError for what the user can put right.
+    """
+    set_up_logging()
+    recipe = loaded.recipe
+    launch = resolve_launch()
+    resolved = resolve(recipe, launch.world_size)
+    start = state.find_start(recipe, resume, accept)
+    if start.step >= recipe.max_steps:
+        log.info("%s is complete: step %d of %d", start.run, start.step, recipe.max_steps)
+        return 0
+
+    weights = state.open_weights(recipe)
+    account = state.account_for_weights(recipe, weights)
+    attempt = announce.provenance(launch)
+    if launch.rank == 0:
+        state.write_run_files(start, recipe, resolved, attempt)
+    plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size)
+
+    world = dist.start(launch)
+    try:
+        built = state.build(recipe, resolved, world, weights, skip_trained=start.step > 0)
+        progress = state.restore(built, start.checkpoint) if start.checkpoint else state.Progress()
+        if _stopped_early(recipe, progress):
+            log.info("%s stopped early: validation had not improved at step %d", start.run, progress.step)
+            return 0
+        if launch.rank == 0:
+            if not (start.run / "base.json").exists():
+                frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
+                checkpoint.write_base(start.run, frozen)
+            idle = torch.cuda.device_count() - 1 if launch.launcher == "alone" and torch.cuda.is_available() else 0
+            screen = announce.first_screen(
+                recipe, resolved, launch, start, account, str(world.device), attempt, plan.describe(), idle
+            )
+            log.info("%s", "\n" + screen)
+        with StopRequest(start.run, recipe.checkpoint.signal, watch_files=launch.rank == 0) as stop:
+            _run(recipe, resolved, world, built, plan, progress, start.run, stop)
+        return 0
+    finally:
+        dist.stop()
+
+
+def _stopped_early(recipe: Recipe, progress: state.Progress) -> bool:
+    early = recipe.validation.early_stop if recipe.validation is not None else None
+    return early is not None and progress.validations_without_improvement >= early.patience
+
+
+def _is_trained(recipe: Recipe, name: str) -> bool:
+    return getattr(recipe.train, state.module_of(name)) == "full"
+
+
+def _run(
+    recipe: Recipe,
+    resolved: Resolved,
+    world: dist.World,
+    built: state.Built,
+    plan: DataPlan,
+    progress: state.Progress,
+    run: Path,
+    stop: StopRequest,
+) -> None:
+    rank0 = world.rank == 0
+    metrics = MetricsFile(run / "metrics.jsonl", progress.step) if rank0 else None
+    console = Console(progress.step, recipe.max_steps) if rank0 else None
+    sinks = (
+        open_sinks(recipe.log.to, run, recipe.run_name, recipe.log.wandb_project, {"hash": resolved.recipe_hash})
+        if rank0
+        else []
+    )
+    loader = StepLoader(plan, start_step=progress.step, end_step=recipe.max_steps)
+    clock = Clock(world.device)
+    since, tokens, tiles = time.monotonic(), 0, 0  # of the steps since the last line of metrics
+    try:
+        clock.start()
+        for data in loader:
+            clock.stop("data")
+            counts = _count(world, plan, data)
+            rates = _set_rates(recipe, resolved, built, progress.step)
+            loss, grad_norm = _step(recipe, world, built, data, counts["trained_tokens"], clock)
+            stop_asked, save_asked = stop.asked()
+            loss, stops, saves = dist.sum_over_ranks(world, [loss, float(stop_asked), float(save_asked)], torch.float64)
+            loss = loss / counts["trained_tokens"] if counts["trained_tokens"] else math.nan
+            _require_finite(loss, grad_norm, progress.step + 1, data, counts, run)
+            _advance(progress, counts)
+            clock.stop("step")
+            last = progress.step == recipe.max_steps
+            tokens, tiles = tokens + counts["tokens"], tiles + counts["tiles"]
+
+            if progress.step % recipe.log.every_steps == 0 or last:
+                seconds, since = time.monotonic() - since, time.monotonic()
+                if metrics is not None and console is not None:
+                    record = _record(progress, counts, loss, grad_norm, rates)
+                    record |= {"seconds": seconds, "tokens_per_s": tokens / seconds, "tiles_per_s": tiles / seconds}
+                    record["time"] = {part: round(value, 4) for part, value in clock.take().items()}
+                    record["peak_memory_gib"] = round(peak_memory_gib(world.device), 3)
+                    _publish(metrics, console, sinks, record)
+                tokens = tiles = 0
+
+            improved = early = False
+            if recipe.validation is not None and (progress.step % recipe.validation.every_steps == 0 or last):
+                result = validate(
+                    built.engine, built.tower, plan, world, dtype=built.dtype, tiles_per_chunk=recipe.vision_tiles_per_chunk
+                )
+                improved, early = _judge(recipe, progress, result)
+                if metrics is not None and console is not None:
+                    _publish_validation(metrics, console, sinks, progress, result, improved)
+
+            if last or stops or saves or improved or early or progress.step % recipe.checkpoint.every_steps == 0:
+                began = time.monotonic()
+                path = state.save(built, run, progress, recipe, resolved)
+                if console is not None:
+                    console.say(f"saved {path} in {time.monotonic() - began:.1f} s")
+            if stops or early:
+                if console is not None:
+                    why = f"asked by {stop.reason or 'another rank'}" if stops else "validation no longer improves"
+                    console.say(f"stopped after step {progress.step} of {recipe.max_steps}: {why}; saved {path}")
+                stop.forget_file()
+                break
+            clock.start()
+    finally:
+        loader.close()
+        for sink in sinks:
+            sink.close()
+        if metrics is not None and console is not None:
+            console.close()
+            metrics.close()
+
+
+def _count(world: dist.World, plan: DataPlan, data: StepData) -> dict[str, Any]:
+    """What the step really holds on all ranks together, after decoding: one small int64 all-reduce.
+
+    Fixes the denominator of the loss before the first backward.
+    """
+    sources = plan.source_names()
+    values = [data.trained_tokens, data.tokens, data.tiles, data.samples, sum(data.bad.values())]
+    values += [data.samples_by_source.get(source, 0) for source in sources]
+    summed = dist.sum_over_ranks(world, values, torch.int64)
+    totals: dict[str, Any] = dict(zip(("trained_tokens", "tokens", "tiles", "samples", "bad"), summed, strict=False))
+    totals["samples_by_source"] = dict(zip(sources, summed[5:], strict=True))
+    return totals
+
+
+def _set_rates(recipe: Recipe, resolved: Resolved, built: state.Built, step: int) -> dict[str, float]:
+    factor = lr_factor(
+        step, resolved.warmup_steps, resolved.decay_steps, recipe.schedule.name, recipe.schedule.min_lr / recipe.optimizer.lr
+    )
+    return set_learning_rates(built.engine.optimizer, factor)
+
+
+def _step(
+    recipe: Recipe, world: dist.World, built: state.Built, data: StepData, trained_tokens: int, clock: Clock
+) -> tuple[float, float]:
+    """One optimizer step. Returns this rank's sum of losses and the global gradient norm."""
+    losses = []
+    clock.start()
+    for number, host_batch in enumerate(data.micro_batches, start=1):
+        batch = host_batch.to(world.device)
+        features = tower_features(built.tower, batch, built.dtype, recipe.vision_tiles_per_chunk)
+        clock.stop("vision")
+        loss_sum = zero.forward(built.engine, batch, features, last=number == len(data.micro_batches))
+        clock.stop("forward")
+        zero.backward(built.engine, loss_sum, trained_tokens)
+        clock.stop("backward")
+        losses.append(loss_sum.detach())
+    grad_norm = zero.step(built.engine)
+    return float(torch.stack(losses).double().sum()), grad_norm
+
+
+def _require_finite(
+    loss: float, grad_norm: float, step: int, data: StepData, counts: dict[str, Any], run: Path
+) -> None:
+    """Stops before a step with a broken loss or gradient can be saved; the last checkpoint stays as it is."""
+    if not counts["trained_tokens"]:
+        raise DataError(f"step {step}: none of its samples could be used, so there is nothing to train on; see {run}/bad_samples.jsonl")
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    refs = [f"{ref.source}:{ref.row}" for batch in data.micro_batches for ref in batch.samples]
+    raise NvlmError(
+        f"step {step}: loss is {loss}, gradient norm {grad_norm}; nothing was saved after the last checkpoint in {run}. "
+        f"Samples of this step on this rank: {', '.join(refs[:12])}{' ...' if len(refs) > 12 else ''}. "
+        "Lower optimizer.lr, lengthen schedule.warmup_steps, or check these samples; then start again to resume"
+    )
+
+
+def _advance(progress: state.Progress, counts: dict[str, Any]) -> None:
+    progress.step += 1
+    progress.samples += counts["samples"]
+    progress.trained_tokens += counts["trained_tokens"]
+    for source, samples in counts["samples_by_source"].items():
+        progress.samples_by_source[source] = progress.samples_by_source.get(source, 0) + samples
+
+
+def _record(
+    progress: state.Progress,
+    counts: dict[str, Any],
+    loss: float,
+    grad_norm: float,
+    rates: dict[str, float],
+) -> dict[str, Any]:
+    return {
+        "step": progress.step,
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "lr": rates,
+        "trained_tokens": counts["trained_tokens"],
+        "tokens": counts["tokens"],
+        "tiles": counts["tiles"],
+        "samples": progress.samples,
+        "share": {source: n / max(progress.samples, 1) for source, n in progress.samples_by_source.items()},
+        "bad_samples": counts["bad"],
+    }
+
+
+def _publish(metrics: MetricsFile, console: Console, sinks: list[Sink], record: dict[str, Any]) -> None:
+    metrics.write(record)
+    console.step(record)
+    for sink in sinks:
+        sink.write(record)
+
+
+def _judge(recipe: Recipe, progress: state.Progress, result: ValidationResult) -> tuple[bool, bool]:
+    """(this is the best so far, it is time to stop early)."""
+    assert recipe.validation is not None
+    loss = result.marked(recipe.validation.best)
+    if progress.best_loss is None or loss < progress.best_loss:
+        progress.best_loss, progress.best_step, progress.validations_without_improvement = loss, progress.step, 0
+        return True, False
+    progress.validations_without_improvement += 1
+    return False, _stopped_early(recipe, progress)
+
+
+def _publish_validation(
+    metrics: MetricsFile,
+    console: Console,
+    sinks: list[Sink],
+    progress: state.Progress,
+    result: ValidationResult,
+    improved: bool,
+) -> None:
+    record = {"step": progress.step, "validation": result.losses, "validation_tokens": result.tokens, "best": improved}
+    metrics.write(record)
+    for sink in sinks:
+        sink.write(record)
+    losses = "  ".join(f"{name} {loss:.4f}" for name, loss in result.losses.items())
+    console.say(f"validation at step {progress.step}: {losses}{'  (best so far)' if improved else ''}")

@@ -1,0 +1,270 @@
+"""What a run is made of: its directory, its weights, its engine, and how both are saved and restored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvlm_train import checkpoint
+from nvlm_train.engine import dist
+from nvlm_train.engine import engine as zero
+from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
+from nvlm_train.errors import CheckpointError, NvlmError, RecipeError
+from nvlm_train.model.nvlm import NvlmD
+from nvlm_train.model.pretrained import Account, Weights, account, expected_shapes, fill, merge
+from nvlm_train.model.pretrained import open_language_model_folder, open_vision_folder
+from nvlm_train.model.vision import InternVit
+from nvlm_train.recipe.resolve import Resolved, check_resume, recipe_to_dict
+from nvlm_train.recipe.schema import Recipe
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# ------------------------------------------------------------------------------------------------------ run directory
+
+
+@dataclass
+class Progress:
+    """How far a run has come; what a resume needs beside the weights."""
+
+    step: int = 0  # optimizer steps done
+    samples: int = 0
+    trained_tokens: int = 0
+    samples_by_source: dict[str, int] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)  # "source: reason" -> count
+    best_loss: float | None = None
+    best_step: int | None = None
+    validations_without_improvement: int = 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where this attempt begins."""
+
+    run: Path
+    step: int  # 0: from `init_from`
+    changes: list[str]  # keys that differ from the last attempt, allowed
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return self.run / f"step_{self.step}" if self.step else None
+
+
+def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
+    """Looks at the run directory before anything is built.
+
+    Raises RecipeError when the directory belongs to a run that this recipe would change, or when `resume` is "never" and
+    it is not empty.
+    """
+    run = Path(recipe.output_dir)
+    if run.exists() and not run.is_dir():
+        raise RecipeError(f"output_dir: '{run}' is a file; name a folder that does not exist yet or belongs to this run")
+    steps = checkpoint.committed_steps(run)
+    if not (run / "recipe.json").exists():
+        if steps:
+            raise RecipeError(
+                f"output_dir: '{run}' holds checkpoints but no recipe.json, so it cannot be told whose they are; "
+                "name another folder"
+            )
+        return Start(run, 0, [])
+    if resume == "never":
+        raise RecipeError(f"output_dir: '{run}' already holds a run and --resume is never; name another folder")
+    saved = checkpoint.read_json(run / "recipe.json")["recipe"]
+    differences = check_resume(saved, recipe, accept)
+    return Start(run, steps[-1] if steps else 0, [str(difference.key) for difference in differences])
+
+
+def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance: dict[str, Any]) -> None:
+    """Writes RUN/recipe.json; earlier attempts stay listed in it."""
+    start.run.mkdir(parents=True, exist_ok=True)
+    path = start.run / "recipe.json"
+    attempts = checkpoint.read_json(path)["attempts"] if path.exists() else []
+    attempts.append({"from_step": start.step, "changed": start.changes, **provenance})
+    content = {
+        "format": checkpoint.FORMAT,
+        "recipe_hash": resolved.recipe_hash,
+        "recipe": recipe_to_dict(recipe),
+        "attempts": attempts,
+    }
+    checkpoint.write_json(path, content)
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+class _Only:
+    """Some names of other weights."""
+
+    def __init__(self, weights: Weights, names: Sequence[str]) -> None:
+        self._weights, self._names = weights, sorted(names)
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._weights, attribute)
+
+
+def open_weights(recipe: Recipe) -> Weights:
+    """What `init_from` names, as one: folders first, an earlier run's trained modules in place of theirs."""
+    parts: list[Weights] = []
+    earlier = None
+    if recipe.init_from.run is not None:
+        earlier = checkpoint.open_checkpoint(recipe.init_from.run.path)
+        parts.append(_Only(earlier, sorted(set(earlier.names()) - earlier.trained)))
+    if recipe.init_from.vision is not None:
+        parts.append(open_vision_folder(recipe.init_from.vision.path, recipe.model.vision))
+    if recipe.init_from.language_model is not None:
+        parts.append(open_language_model_folder(recipe.init_from.language_model.path, recipe.model.language_model))
+    if earlier is not None:
+        parts.append(_Only(earlier, sorted(earlier.trained)))
+    return merge(*parts)
+
+
+def account_for_weights(recipe: Recipe, weights: Weights) -> Account:
+    """Compares what the model needs with what there is; raises CheckpointError listing every difference.
+
+    A module may be new as a whole, but not where it is frozen: it would stay as random as it began.
+    """
+    found = account(expected_shapes(recipe.model), weights, ("projector.", "vision_model.", "language_model."))
+    new = {module_of(name) for name in found.initialised}
+    for module in sorted(new):
+        if getattr(recipe.train, module) == "frozen":
+            key = "run" if module == "projector" else module
+            raise CheckpointError(
+                f"train.{module} is 'frozen', but nothing gives it weights, so it would stay random; name them in "
+                f"init_from.{key}, or train it"
+            )
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- engine
+
+
+@dataclass
+class Built:
+    """The engine, and the frozen tower where it lives outside (replicated, not partitioned)."""
+
+    engine: zero.Engine
+    tower: InternVit | None
+    dtype: torch.dtype
+    groups: list[dict[str, Any]]
+
+
+def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weights, *, skip_trained: bool) -> Built:
+    """Makes model, optimizer and engine and fills in the weights; each rank reads only what it keeps.
+
+    skip_trained: a checkpoint follows that brings all trained weights.
+    """
+    dtype = DTYPES[recipe.precision]
+    tower = None
+    if recipe.train.vision == "frozen":
+        tower = _frozen_tower(recipe, weights, dtype, world.device)
+    with zero.partitioned_at_birth(resolved.deepspeed, dtype):
+        model = NvlmD(
+            recipe.model,
+            with_vision=tower is None,
+            activation_checkpointing=recipe.activation_checkpointing,
+            tiles_per_chunk=recipe.vision_tiles_per_chunk,
+            kernels=recipe.kernels,
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(getattr(recipe.train, module_of(name)) == "full")
+    if resolved.deepspeed["zero_optimization"]["stage"] != 3:
+        model.to(device=world.device, dtype=dtype)
+    slice_of, write = zero.write_slice(world)
+    skipped = {name for name, p in model.named_parameters() if p.requires_grad} if skip_trained else set()
+    fill(model, weights, recipe.model, recipe.seed, slice_of, write, skip=skipped)
+    groups = parameter_groups(model.named_parameters(), recipe.optimizer, resolved.module_lr)
+    optimizer = build_optimizer(groups, recipe.optimizer, world.device.type)
+    return Built(zero.build(model, optimizer, resolved.deepspeed, world), tower, dtype, groups)
+
+
+def _frozen_tower(recipe: Recipe, weights: Weights, dtype: torch.dtype, device: torch.device) -> InternVit:
+    with torch.device("meta"):
+        tower = InternVit(recipe.model.vision)
+    tower.to_empty(device=device)
+    tower.to(dtype)
+    slice_of, write = lambda parameter: None, lambda parameter, value: parameter.data.copy_(value)
+    fill(_Prefixed(tower), weights, recipe.model, recipe.seed, slice_of, write)
+    return tower.requires_grad_(False).eval()
+
+
+class _Prefixed(torch.nn.Module):
+    """The tower under the name that it has in the whole model."""
+
+    def __init__(self, tower: InternVit) -> None:
+        super().__init__()
+        self.vision_model = tower
+
+
+# ------------------------------------------------------------------------------------------------------ save, restore
+
+
+def save(built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: Resolved) -> Path:
+    """Saves a checkpoint of the state after `progress.step`; every rank calls it. See `checkpoint.save`."""
+    world = built.engine.world
+    shapes = {name: tuple(full_shape(parameter)) for name, parameter in built.engine.trainable()}
+    state = {
+        "recipe_hash": resolved.recipe_hash,
+        "adam_step": progress.step,
+        "zero_stage": built.engine.stage,
+        "groups": [
+            {"name": g["name"], "peak_lr": g["peak_lr"], "weight_decay": g["weight_decay"], "names": g["names"]}
+            for g in built.groups
+        ],
+        "progress": vars(progress),
+    }
+    path = checkpoint.save(
+        run,
+        progress.step,
+        zero.read_slices(built.engine),
+        shapes,
+        state,
+        rank=world.rank,
+        world_size=world.world_size,
+        control=world.control,
+        gather=lambda value: dist.gather(world, value),
+    )
+    if world.rank == 0:
+        keep = [] if progress.best_step is None else [progress.best_step]
+        checkpoint.prune(run, recipe.checkpoint.keep_last, keep)
+    return path
+
+
+def restore(built: Built, path: Path) -> Progress:
+    """Puts a checkpoint into a freshly built engine; each rank reads only its own slices, whatever saved them."""
+    opened = checkpoint.Checkpoint(path)
+    names = {name: full_shape(parameter) for name, parameter in built.engine.trainable()}
+    problems = [f"{name}: not in the checkpoint" for name in sorted(set(names) - set(opened.shapes))]
+    problems += [f"{name}: not trained by this recipe" for name in sorted(set(opened.shapes) - set(names))]
+    problems += [
+        f"{name}: {list(opened.shapes[name])} in the checkpoint, {list(shape)} in the model"
+        for name, shape in names.items()
+        if name in opened.shapes and opened.shapes[name] != shape
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not fit this recipe:\n  " + "\n  ".join(problems))
+
+    def read(name: str, key: str, begin: int, end: int) -> Tensor:
+        return opened.read_many({(name, key): (begin, end)})[name, key]
+
+    zero.write_slices(built.engine, read, opened.state["adam_step"])
+    return Progress(**opened.state["progress"])
+
+
+def agree_on_errors(world: dist.World, error: NvlmError | None) -> None:
+    """Raises on every rank what was raised on any, so that none waits for the others in a collective."""
+    errors = dist.gather(world, None if error is None else (type(error).__name__, str(error)))
+    for rank, found in enumerate(errors):
+        if found is not None:
+            if error is not None:
+                raise error
+            raise NvlmError(f"rank {rank} stopped: {found[1]}")

@@ -1,0 +1,199 @@
+"""Jobs for warm ranks: train the tiny model under ZeRO, and tell what came out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+from tiny import IMAGE_TOKENS, make_batch, model_config, null_batch, seeded_value
+
+from nvlm_train.batch import Batch
+from nvlm_train.engine import dist
+from nvlm_train.engine import engine as zero
+from nvlm_train.engine.launch import resolve_launch
+from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
+from nvlm_train.model.nvlm import NvlmD, encode_tiles
+from nvlm_train.model.vision import InternVit
+from nvlm_train.recipe import schema
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def deepspeed_dict(stage: int, precision: str, clip: float, **zero_keys: Any) -> dict[str, Any]:
+    """The recipe's own DeepSpeed dict, with thresholds that make every module of a tiny model gather."""
+    from nvlm_train.engine.deepspeed_config import deepspeed_config
+
+    recipe = schema.Recipe.model_validate(
+        {
+            "run_name": "t", "output_dir": "t", "model": model_config().model_dump(), "tokenizer": {"path": "t"},
+            "data": {"mixture": {"a": {"path": "a"}}, "max_tokens_per_sample": 64, "pack_tokens": 64},
+            "global_batch": {"samples": 8}, "max_steps": 1, "optimizer": {"lr": 1e-3, "max_grad_norm": clip},
+            "precision": precision,
+            "zero": {"stage": stage, "param_persistence_threshold": 0, "max_live_parameters": 0, "max_reuse_distance": 0,
+                     **zero_keys},
+        }
+    )  # fmt: skip
+    return deepspeed_config(recipe)
+
+
+def start(
+    *,
+    stage: int,
+    precision: str = "fp32",
+    clip: float = 1.0,
+    train: dict[str, str] | None = None,
+    tied: bool = False,
+    checkpointing: str = "none",
+    tiles_per_chunk: int = 2,
+    lr: float = 1e-2,
+    seed: int = 3,
+    **zero_keys: Any,
+) -> tuple[zero.Engine, InternVit | None, dist.World]:
+    world = dist.start(resolve_launch())
+    modes = schema.Train.model_validate(train or {})
+    dtype = DTYPES[precision]
+    config = model_config(tie_word_embeddings=tied)
+    tower = None
+    if modes.vision == "frozen":
+        tower = InternVit(config.vision)
+        with torch.no_grad():
+            for name, parameter in tower.named_parameters():
+                parameter.copy_(seeded_value("vision_model." + name, tuple(parameter.shape), seed))
+        tower = tower.to(dtype).requires_grad_(False)
+    settings = deepspeed_dict(stage, precision, clip, **zero_keys)
+    with zero.partitioned_at_birth(settings, dtype):
+        model = NvlmD(config, with_vision=tower is None, activation_checkpointing=checkpointing, tiles_per_chunk=tiles_per_chunk)
+    slice_of, write = zero.write_slice(world)
+    if stage != 3:
+        model.to(dtype)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(getattr(modes, module_of(name)) == "full")
+        value = seeded_value(name, tuple(full_shape(parameter)), seed)
+        part = slice_of(parameter)
+        write(parameter, value if part is None else value.flatten()[part[0] : part[1]])
+    optimizer = schema.Optimizer(lr=lr, weight_decay=0.1, betas=[0.9, 0.95])
+    rates = {"vision": lr, "projector": lr * 2, "language_model": lr}
+    groups = parameter_groups(model.named_parameters(), optimizer, rates)
+    return zero.build(model, build_optimizer(groups, optimizer, "cpu"), settings, world), tower, world
+
+
+def deal(samples: list[tuple[int, int]], seed: int, packs: int, world_size: int, tiles_per_chunk: int) -> list[list[Any]]:
+    """[micro_step][rank] -> Batch: sample i in pack i % packs, pack p in micro-step p // world_size."""
+    made = []
+    for pack in range(packs):
+        numbers = range(pack, len(samples), packs)
+        made.append([samples[i] for i in numbers])
+    micro_steps = -(-packs // world_size)
+    table = []
+    for micro in range(micro_steps):
+        row_samples = [made[p] if (p := micro * world_size + r) < packs else None for r in range(world_size)]
+        chunks = max(-(-sum(t for _, t in s) // tiles_per_chunk) if s else 0 for s in row_samples)
+        table.append(
+            [
+                null_batch(chunks) if s is None else make_batch(s, seed * 100 + micro * world_size + r, num_tile_chunks=chunks)
+                for r, s in enumerate(row_samples)
+            ]
+        )
+    return table
+
+
+def train_steps(
+    *,
+    rank: int,
+    world_size: int,
+    steps: list[dict[str, Any]],
+    gradients_of: tuple[int, ...] = (),
+    tiles_per_chunk: int = 2,
+    precision: str = "fp32",
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains on `steps`, each {"samples": [(text, tiles)], "seed": n, "packs": p}.
+
+    Returns losses, gradient norms, gradients of the steps asked for, and the final parameters (rank 0; others None).
+    """
+    engine, tower, world = start(precision=precision, tiles_per_chunk=tiles_per_chunk, **options)
+    out: dict[str, Any] = {"losses": [], "norms": [], "gradients": {}}
+    for number, step in enumerate(steps):
+        table = deal(step["samples"], step["seed"], step["packs"], world_size, tiles_per_chunk)
+        total = sum(batch.num_trained_tokens for row in table for batch in row)
+        loss_sum = 0.0
+        for micro, row in enumerate(table):
+            batch = row[rank]
+            features = None
+            if tower is not None:
+                with torch.no_grad():
+                    features = encode_tiles(tower, batch.tiles, DTYPES[precision], tiles_per_chunk=tiles_per_chunk)
+            loss = zero.forward(engine, batch, features, last=micro == len(table) - 1)
+            zero.backward(engine, loss, total)
+            loss_sum += float(loss.detach())
+        if number in gradients_of:
+            from deepspeed.utils import safe_get_full_grad
+
+            out["gradients"][number] = {
+                name: safe_get_full_grad(p).float().view(full_shape(p)).clone() for name, p in engine.trainable()
+            }
+        out["norms"].append(zero.step(engine))
+        out["losses"].append(dist.sum_over_ranks(world, [loss_sum], torch.float64)[0] / total)
+    out["parameters"] = full_state(engine, world)["master"]
+    if rank:
+        out["parameters"] = out["gradients"] = None
+    return out
+
+
+def full_state(engine: zero.Engine, world: dist.World) -> dict[str, dict[str, torch.Tensor]]:
+    """{key: {name: whole tensor}} put together from every rank's slices."""
+    parts = dist.gather(world, zero.read_slices(engine))
+    shapes = {name: full_shape(p) for name, p in engine.trainable()}
+    return {
+        key: {name: torch.cat([part[name][key] for part in parts]).view(shape) for name, shape in shapes.items()}
+        for key in zero.STATE_KEYS
+    }
+
+
+def same_samples(
+    *, rank: int, world_size: int, samples: list[tuple[int, int]], packs: int, steps: int, stage: int = 3
+) -> dict[str, Any]:
+    """Trains on the very same samples, dealt into `packs` packs, so that different deals can be compared."""
+    engine, tower, world = start(stage=stage)
+    out: dict[str, Any] = {"losses": []}
+    for number in range(steps):
+        # each sample a pack of its own, then packs joined: content depends on the sample's number alone
+        singles = [make_batch([s], 5000 * (number + 1) + i) for i, s in enumerate(samples)]
+        joined = [join([singles[i] for i in range(p, len(samples), packs)]) for p in range(packs)]
+        micro_steps = -(-packs // world_size)
+        total = sum(batch.num_trained_tokens for batch in joined)
+        loss_sum = 0.0
+        for micro in range(micro_steps):
+            pack = micro * world_size + rank
+            batch = joined[pack] if pack < packs else null_batch()
+            features = encode_tiles(tower, batch.tiles, torch.float32)
+            loss = zero.forward(engine, batch, features, last=micro == micro_steps - 1)
+            zero.backward(engine, loss, total)
+            loss_sum += float(loss.detach())
+        if number == 0:
+            from deepspeed.utils import safe_get_full_grad
+
+            out["gradients"] = {n: safe_get_full_grad(p).float().view(full_shape(p)).clone() for n, p in engine.trainable()}
+        zero.step(engine)
+        out["losses"].append(dist.sum_over_ranks(world, [loss_sum], torch.float64)[0] / total)
+    return out
+
+
+def join(batches: list[Batch]) -> Batch:
+    """Several one-row batches as one row."""
+    lengths = [int(n) for b in batches for n in (b.cu_seqlens[1:] - b.cu_seqlens[:-1])]
+    slots, before = [], 0
+    for b in batches:
+        slots.append(torch.where(b.image_slots >= 0, b.image_slots + before, b.image_slots))
+        before += len(b.tiles) * IMAGE_TOKENS
+    return Batch(
+        input_ids=torch.cat([b.input_ids for b in batches], 1),
+        labels=torch.cat([b.labels for b in batches], 1),
+        position_ids=torch.cat([b.position_ids for b in batches], 1),
+        cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
+        max_seqlen=max(lengths),
+        tiles=torch.cat([b.tiles for b in batches]),
+        image_slots=torch.cat(slots, 1),
+        num_trained_tokens=sum(b.num_trained_tokens for b in batches),
+    )
