@@ -234,18 +234,21 @@ def side_by_side(argv: Sequence[str]) -> int:
         subprocess.Popen(
             [sys.executable, __file__, *argv, "--part", part],
             env={**os.environ, "OMP_NUM_THREADS": "1", "BAR_POSITION": str(i)},
+            stdout=subprocess.PIPE,  # one line each, shown when both bars are done
+            text=True,
         )
         for i, part in enumerate(parts)
     ]
     try:
-        codes = [process.wait() for process in running]
+        lines = [process.communicate()[0] for process in running]
     except KeyboardInterrupt:
         for process in running:
             process.send_signal(signal.SIGINT)
         for process in running:
             process.wait()
         return 130
-    return next((code for code in codes if code), 0)
+    print("".join(lines), end="")
+    return next((process.returncode for process in running if process.returncode), 0)
 
 
 def main() -> int:
