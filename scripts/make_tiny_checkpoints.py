@@ -28,16 +28,26 @@ from nvlm_train.model.pretrained import INDEX_NAME, SINGLE_NAME
 from nvlm_train.model.vision import InternVit
 from nvlm_train.recipe import schema
 
-TINY_VISION: dict[str, Any] = dict(
-    hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=3, image_size=28, patch_size=7
-)
-TINY_LANGUAGE_MODEL: dict[str, Any] = dict(
-    hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=320
-)  # fmt: skip
+TINY_VISION: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 28,
+    "patch_size": 7,
+}
+TINY_LANGUAGE_MODEL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+}
 
 
 def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """fp32 tensors by name: norms around 1, LayerScale around 0.1, everything else normal with 0.05; nothing constant."""
+    """fp32 tensors by name: norms around 1, LayerScale around 0.1, all else normal with 0.05; nothing constant."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name in sorted(shapes):

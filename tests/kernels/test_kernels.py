@@ -1,0 +1,194 @@
+"""Choosing a kernel, and packed attention itself against the plain formula."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nvlm_train import kernels
+from nvlm_train.errors import SetupError
+from nvlm_train.kernels import attention
+from nvlm_train.model.attention import packed_attention
+
+torch.set_num_threads(1)
+
+LENGTHS = {
+    "one": [[23]],
+    "equal": [[6, 6], [6, 6]],
+    "near": [[7, 5, 6], [8, 10]],
+    "far apart": [[1, 40, 2, 3], [30, 1, 15]],
+    "empty segment": [[4, 0, 9]],
+    "single tokens": [[1, 1, 1]],
+}
+
+
+def inputs(rows: list[list[int]], query_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    generator = torch.Generator().manual_seed(7)
+    flat = [length for row in rows for length in row]
+    bounds = torch.tensor([0, *torch.tensor(flat).cumsum(0).tolist()], dtype=torch.int32)
+    shape = (len(rows), sum(rows[0]))
+    q = torch.randn(*shape, query_heads, 10, generator=generator, requires_grad=True)
+    k = torch.randn(*shape, kv_heads, 10, generator=generator, requires_grad=True)
+    v = torch.randn(*shape, kv_heads, 10, generator=generator, requires_grad=True)
+    return q, k, v, bounds, max(flat)
+
+
+def by_the_formula(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
+    """Softmax over all tokens in fp64, masked to the segment."""
+    rows, length, heads, size = q.shape
+    segment = torch.bucketize(torch.arange(rows * length), cu_seqlens.long()[1:], right=True)
+    flat_q = q.double().reshape(rows * length, heads, size)
+    flat_k, flat_v = (x.double().reshape(rows * length, -1, size) for x in (k, v))
+    flat_k, flat_v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (flat_k, flat_v))
+    allowed = segment[:, None] == segment[None, :]
+    if causal:
+        allowed = allowed.tril()
+    scores = torch.einsum("ihd,jhd->hij", flat_q, flat_k) / size**0.5
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    return torch.einsum("hij,jhd->ihd", weights, flat_v).reshape(q.shape)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(("query_heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("rows", LENGTHS.values(), ids=LENGTHS.keys())
+def test_packed_attention_is_the_formula(rows: list[list[int]], query_heads: int, kv_heads: int, causal: bool) -> None:
+    q, k, v, cu_seqlens, longest = inputs(rows, query_heads, kv_heads)
+    out = packed_attention(q, k, v, cu_seqlens, longest, causal)
+    assert out.shape == q.shape
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    own = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    expected = by_the_formula(q, k, v, cu_seqlens, causal)
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for name, ours, theirs in zip(("out", "dq", "dk", "dv"), (out, *own), (expected, *wanted), strict=True):
+        # the share of the weights' norm is for gradients that are pure rounding: a single token's query has none
+        error = float((ours.detach() - theirs.detach()).norm() / (theirs.detach().norm() + 0.1 * weight.norm()))
+        print(f"{name}: {error:.2e} of at most 2e-06")
+        assert error <= 2e-6, (name, error)  # fp32 against fp64; worst seen 8.5e-7
+
+
+@pytest.mark.parametrize("rows", [LENGTHS["near"], LENGTHS["far apart"]], ids=["one class", "several classes"])
+def test_gradients_of_other_segments_are_exactly_zero(rows: list[list[int]]) -> None:
+    q, k, v, cu_seqlens, longest = inputs(rows, 4, 2)
+    out = packed_attention(q, k, v, cu_seqlens, longest).flatten(0, 1)
+    bounds = cu_seqlens.tolist()
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        grads = torch.autograd.grad(out[begin:end].square().sum(), (q, k, v), retain_graph=True)
+        for grad in grads:
+            flat = grad.flatten(0, 1)
+            assert not flat[:begin].any() and not flat[end:].any()
+        assert grads[2].flatten(0, 1)[begin:end].any()
+
+
+def test_a_segment_that_is_not_finite_stays_alone() -> None:
+    q, k, v, cu_seqlens, longest = inputs([[5, 9, 7]], 4, 2)
+    v.data[0, 6] = float("nan")
+    out = packed_attention(q, k, v, cu_seqlens, longest)
+    assert torch.isfinite(out[0, :5]).all() and torch.isfinite(out[0, 14:]).all()
+    assert out[0, 6].isnan().all()
+
+
+def test_length_classes() -> None:
+    assert attention.length_classes([30, 3, 20, 500]) == [[1], [0, 2], [3]]
+    assert attention.length_classes([30, 28, 31]) == [[0, 1, 2]]
+    assert attention.length_classes([4, 0, 4]) == [[0, 2]]
+    for lengths in ([1, 2, 3, 4, 5, 1000], list(range(1, 90)), [64] * 3 + [1800]):
+        classes = attention.length_classes(lengths)
+        assert sorted(i for members in classes for i in members) == list(range(len(lengths)))
+        padded = sum(len(members) * max(lengths[i] for i in members) for members in classes)
+        assert padded <= 2 * sum(lengths)
+
+
+def test_auto_on_the_cpu_is_torch_with_the_reason() -> None:
+    assert kernels.select("auto", "cpu") == {
+        "attention": ("torch", "plain PyTorch; not varlen: runs on cuda only, this is cpu")
+    }
+    assert kernels.select("torch", "cpu") == {"attention": ("torch", "plain PyTorch; asked for")}
+    assert kernels.select("torch", "cuda")["attention"][0] == "torch"
+    assert kernels.load("attention", "torch") is attention.torch_attention
+
+
+def test_auto_on_cuda_is_varlen_where_this_torch_has_it() -> None:
+    pytest.importorskip("torch.nn.attention.varlen")
+    name, reason = kernels.select("auto", "cuda")["attention"]
+    assert name == "varlen" and "flash" in reason
+    assert kernels.load("attention", "varlen") is attention.varlen_attention
+
+
+def test_auto_without_varlen_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    kernels._select.cache_clear()
+    try:
+        name, reason = kernels.select("auto", "cuda")["attention"]
+        assert name == "torch" and "has no torch.nn.attention.varlen" in reason
+    finally:
+        kernels._select.cache_clear()
+
+
+def test_a_choice_that_is_unknown_or_cannot_run_is_refused() -> None:
+    with pytest.raises(SetupError, match="'tritn' is not known; known are auto, torch, varlen"):
+        kernels.select("tritn", "cpu")
+    with pytest.raises(SetupError, match="'varlen' was asked for attention, but runs on cuda only, this is cpu"):
+        kernels.select("varlen", "cpu")
+
+
+SIGNATURES = {
+    "is_causal": "def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False): pass",
+    "window": "def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)): pass",
+    "gqa": "def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), "
+    "enable_gqa=False): pass",
+}
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_varlen_is_called_after_its_signature(signature: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torch's CUDA-only function, of each signature there was; it computes what the real one does."""
+    seen: dict[str, Any] = {}
+
+    def stand_in(q: Tensor, k: Tensor, v: Tensor, *sizes: Any, **options: Any) -> Tensor:
+        cu_q, cu_k, max_q, max_k = sizes
+        seen.update(options)
+        told = options.get("is_causal", options.get("window_size") == (-1, 0))
+        assert q.ndim == 3 and torch.equal(cu_q, cu_k) and max_q == max_k == 10
+        assert q.shape[1] == k.shape[1] or options.get("enable_gqa")
+        return attention.torch_attention(q[None], k[None], v[None], cu_q, max_q, told)[0]
+
+    scope: dict[str, Any] = {}
+    exec(SIGNATURES[signature], scope)
+    stand_in.__wrapped__ = scope["varlen_attn"]  # type: ignore[attr-defined]  # inspect.signature follows it
+    module = types.ModuleType("torch.nn.attention.varlen")
+    module.varlen_attn = stand_in  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    attention._varlen_options.cache_clear()
+    try:
+        q, k, v, cu_seqlens, longest = inputs([[7, 5, 6], [8, 10]], 4, 2)
+        q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+        out = attention.varlen_attention(q, k, v, cu_seqlens, longest, causal)
+        expected = attention.torch_attention(q, k, v, cu_seqlens, longest, causal)
+        assert torch.equal(out, expected)
+        assert ("enable_gqa" in seen) == (signature == "gqa")
+    finally:
+        attention._varlen_options.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", LENGTHS.values(), ids=LENGTHS.keys())
+def test_varlen_equals_torch_on_a_gpu(rows: list[list[int]]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    flat = [length for row in rows for length in row]
+    cu_seqlens = torch.tensor([0, *torch.tensor(flat).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+    q, k, v = (
+        torch.randn(len(rows), sum(rows[0]), heads, 64, generator=generator).bfloat16().cuda().requires_grad_()
+        for heads in (4, 2, 2)
+    )
+    results = []
+    for function in (attention.varlen_attention, attention.torch_attention):
+        out = function(q, k, v, cu_seqlens, max(flat), True)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).float().norm() <= 2e-2 * theirs.float().norm()  # bf16; not yet run on a GPU
