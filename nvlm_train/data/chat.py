@@ -1,0 +1,207 @@
+"""Messages to tokens: templates, tile tags, labels.
+
+A sample is first laid out as runs (a text to tokenise, a control token, the placeholders of one tile), and the runs are
+joined into one stream. Where runs begin decides how tags merge with their neighbours, and that is the whole difference
+between the two templates:
+
+    nvlm_qwen2   the stream the released Megatron code trains on
+                 <|im_start|>user\n<Image> | <tile_1> | [256] | ... | </Image>\nWhat is it? | <|im_end|> | \n
+    hf_nvlm      the stream of the published chat(): tags joined to the text before them, no newline after <|im_end|>
+                 <|im_start|>user\n<Image><tile_1> | [256] | ... | </Image>\nWhat is it? | <|im_end|>
+
+Trained are an assistant turn's text, its <|im_end|>, and the newline after it where the template has one. Everything
+else is masked: other turns, the assistant's header, tags and image positions, the position before an image (its target
+is a tag or an image token, which are never targets).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvlm_train.batch import IGNORE_INDEX
+from nvlm_train.data.tokenizer import ChatTokenizer
+from nvlm_train.recipe.schema import Tiling
+
+Message = Mapping[str, Any]  # {"role": "user", "content": [{"text": "..."} | {"image": 0}, ...]}
+
+
+class Template(NamedTuple):
+    """after_turn: text after each <|im_end|>. tags_apart: whether a tag is tokenised without the text before it.
+    system: system text of a sample that brings none, unless the recipe names one."""
+
+    after_turn: str
+    tags_apart: bool
+    system: str | None
+
+
+TEMPLATES: dict[str, Template] = {
+    "nvlm_qwen2": Template(after_turn="\n", tags_apart=True, system=None),
+    "hf_nvlm": Template(after_turn="", tags_apart=False, system="Answer the questions."),
+}
+
+
+class Run(NamedTuple):
+    """A stretch of the stream: `text` to tokenise, or `times` times the control token `token`."""
+
+    text: str | None
+    token: int
+    times: int
+    trained: bool
+    is_tile: bool
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A sample as tokens.
+
+    input_ids: i32[L]. labels: i32[L], shifted: labels[t] is what position t must predict, or IGNORE_INDEX.
+    tile_starts: for each tile, where its Q placeholders begin in input_ids.
+    """
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    tile_starts: tuple[int, ...]
+
+
+def tile_tags(tiles: int, tiling: Tiling) -> list[str]:
+    """The tags of one image's tiles, in order.
+
+    Example, 3 tiles with thumbnail: <tile_1>, <tile_2>, <tile_global_thumbnail>. A single tile is the whole image and
+    takes the thumbnail's tag. Without thumbnails every tile of several has its number.
+    """
+    if tiling.tags == "none":
+        return [""] * tiles
+    tags = [f"<tile_{k}>" for k in range(1, tiles + 1)]
+    if tiles == 1 or tiling.thumbnail:
+        tags[-1] = "<tile_global_thumbnail>"
+    return tags
+
+
+def lay_out(
+    messages: Sequence[Message],
+    tiles_per_image: Sequence[int],
+    tokenizer: ChatTokenizer,
+    template: str,
+    tiling: Tiling,
+    image_tokens_per_tile: int,
+    system: str | None,
+    *,
+    prompt: bool = False,
+) -> list[Run]:
+    """The runs of a sample; with `prompt` the header of the answer to come follows the last turn."""
+    form = TEMPLATES[template]
+    if system is None:
+        system = form.system
+    turns: list[Message] = list(messages)
+    if system is not None and not any(turn["role"] == "system" for turn in turns):
+        turns.insert(0, {"role": "system", "content": [{"text": system}]})
+    start = Run(None, tokenizer.im_start, 1, False, False)
+    runs: list[Run] = []
+    for turn in turns:
+        trained = turn["role"] == "assistant"
+        runs.append(start)
+        text = f"{turn['role']}\n"
+        if trained:
+            # The header is tokenised apart from the answer, so that the prompt of a generation is a prefix of the
+            # training stream even where the answer begins with a newline.
+            runs.append(Run(text, -1, 0, False, False))
+            text = ""
+        for part in turn["content"]:
+            if "text" in part:
+                text += part["text"]
+                continue
+            text += "<Image>"
+            for tag in tile_tags(tiles_per_image[part["image"]], tiling):
+                if tag and form.tags_apart and text:
+                    runs.append(Run(text, -1, 0, False, False))
+                    text = ""
+                text += tag
+                if text:
+                    runs.append(Run(text, -1, 0, False, False))
+                    text = ""
+                runs.append(Run(None, tokenizer.image_token, image_tokens_per_tile, False, True))
+            text = "</Image>"
+        if text:
+            runs.append(Run(text, -1, 0, trained, False))
+        runs.append(Run(None, tokenizer.im_end, 1, trained, False))
+        if form.after_turn:
+            runs.append(Run(form.after_turn, -1, 0, trained, False))
+    if prompt:
+        runs += [start, Run("assistant\n", -1, 0, False, False)]
+    return runs
+
+
+def join(runs: Sequence[Run], encode: Callable[[str], Sequence[int]]) -> Rendered:
+    """The stream of `runs` and its labels.
+
+    Five-token example, runs `<|im_start|>`, "assistant\\n" (two tokens), "Yes" (trained), `<|im_end|>` (trained):
+
+        input_ids   im_start  assistant  \\n    Yes      im_end
+        labels      -100      -100       Yes   im_end   -100
+    """
+    ids: list[int] = []
+    trained: list[bool] = []
+    tile_starts: list[int] = []
+    for run in runs:
+        if run.is_tile:
+            tile_starts.append(len(ids))
+        more = [run.token] * run.times if run.text is None else encode(run.text)
+        ids.extend(more)
+        trained.extend([run.trained] * len(more))
+    input_ids = np.asarray(ids, dtype=np.int32)  # [L]
+    labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)  # [L]
+    labels[:-1] = np.where(np.asarray(trained[1:], dtype=bool), input_ids[1:], IGNORE_INDEX)
+    return Rendered(input_ids, labels, tuple(tile_starts))
+
+
+def render(
+    messages: Sequence[Message],
+    tiles_per_image: Sequence[int],
+    tokenizer: ChatTokenizer,
+    template: str,
+    tiling: Tiling,
+    image_tokens_per_tile: int,
+    system: str | None,
+) -> Rendered:
+    """Tokens, labels and tile positions of a training sample in canonical messages.
+
+    `tiles_per_image[i]` counts the tiles of image i, thumbnail included; `system` stands in for a sample without a
+    system turn (None: the template's own).
+    """
+    runs = lay_out(messages, tiles_per_image, tokenizer, template, tiling, image_tokens_per_tile, system)
+    return join(runs, tokenizer.encode)
+
+
+def render_prompt(
+    messages: Sequence[Message],
+    tiles_per_image: Sequence[int],
+    tokenizer: ChatTokenizer,
+    template: str,
+    tiling: Tiling,
+    image_tokens_per_tile: int,
+    system: str | None,
+) -> Rendered:
+    """The same stream up to and with the header of the next assistant turn: what a generation starts from."""
+    runs = lay_out(messages, tiles_per_image, tokenizer, template, tiling, image_tokens_per_tile, system, prompt=True)
+    return join(runs, tokenizer.encode)
+
+
+def count_tokens(runs: Sequence[Run], length_of: Mapping[str, int]) -> tuple[int, int]:
+    """Tokens and trained tokens of a sample, from the lengths of its texts alone."""
+    tokens = trained = 0
+    for run in runs:
+        length = run.times if run.text is None else length_of[run.text]
+        tokens += length
+        if run.trained:
+            trained += length
+    return tokens, trained
+
+
+def texts(runs: Sequence[Run]) -> Iterator[str]:
+    """The texts of a layout that need tokenising."""
+    return (run.text for run in runs if run.text is not None)

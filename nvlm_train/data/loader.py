@@ -1,0 +1,527 @@
+"""From the order of data to batches: the plan every rank can compute alone, and the threads that carry it out.
+
+`open_data` reads the tokenizer and the indexes; the plan then says for any step which packs there are and who trains them.
+`StepLoader` decodes whole steps ahead with threads in the trainer's process: Pillow and the tokenizer release the GIL,
+and nothing needs to be handed over between processes.
+
+A sample that turns out bad only now (a damaged image, a changed file) leaves a hole in its pack: it is counted, logged to
+bad_samples.jsonl, and never replaced, so that no other sample moves. A source stops the run when more of its samples are
+bad than data.max_bad_share: distinct bad rows > share * min(rows of the source, max(samples seen, 1000)); or when the first 8
+samples seen of it are all bad (unless the share is 1). Each rank judges by the samples it has seen since its start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nvlm_train.batch import IGNORE_INDEX, Batch, SampleRef
+from nvlm_train.data import chat, packing, tiling
+from nvlm_train.data.images import BadSample, open_image
+from nvlm_train.data.index import IndexSettings, SourceIndex, line_hash, open_index
+from nvlm_train.data.mixture import Mixture
+from nvlm_train.data.packing import Pack
+from nvlm_train.data.sources import JsonlSource, parse_line
+from nvlm_train.data.tokenizer import ChatTokenizer, load_tokenizer
+from nvlm_train.errors import DataError
+from nvlm_train.log import get_logger
+from nvlm_train.recipe import schema
+
+log = get_logger(__name__)
+
+_SEEN_AT_LEAST = 1000
+_FIRST_SAMPLES = 8
+_WARNINGS_PER_SOURCE = 5
+
+
+@dataclass
+class StepData:
+    """One step's work of this rank; all counts are this rank's.
+
+    tokens: planned for the model, padding left out. trained_tokens: labels that carry loss. tokens_by_source: trained
+    tokens. bad: samples left out, by (source, reason). wait_s: how long the trainer waited for it.
+    """
+
+    step: int
+    micro_batches: list[Batch]
+    trained_tokens: int
+    tokens: int
+    tiles: int
+    samples: int
+    samples_by_source: dict[str, int]
+    tokens_by_source: dict[str, int]
+    bad: dict[tuple[str, str], int]
+    wait_s: float
+
+
+@dataclass(frozen=True)
+class _Bad:
+    ref: SampleRef
+    line: int
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    ref: SampleRef
+    rendered: chat.Rendered
+    tiles: list[NDArray[np.uint8]]  # one u8[t, 3, px, px] per image
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A micro batch and what is to be said about it."""
+
+    batch: Batch
+    tokens: int
+    trained_by_source: dict[str, int]
+    bad: list[_Bad]
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What a run trains on, in which order, and who trains it: everything a rank can know without asking another.
+
+    train_rows, held_out: rows of each mixture source's index on either side of validation.held_out_share.
+    dropped_at_index: (source, reason) -> lines left out, over-long ones too.
+    fewer_tiles: samples of each source that keep all images but in fewer tiles.
+    """
+
+    recipe: schema.Recipe
+    rank: int
+    world_size: int
+    tokenizer: ChatTokenizer
+    settings: IndexSettings
+    sources: Mapping[str, JsonlSource]
+    indexes: Mapping[str, SourceIndex]
+    mixture: Mixture
+    train_rows: Mapping[str, NDArray[np.int64]]
+    held_out: Mapping[str, NDArray[np.int64]]
+    cost: packing.Cost
+    dropped_at_index: dict[tuple[str, str], int] = field(default_factory=dict)
+    fewer_tiles: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two plans that yield the same samples in the same order and packs."""
+        parts = [
+            [name, self.indexes[name].key, len(self.indexes[name].rows), len(self.train_rows[name])]
+            for name in self.mixture.names
+        ]
+        order = [self.mixture.seed, [str(share) for share in self.mixture.shares], self.recipe.global_batch.samples]
+        text = json.dumps([parts, order, self.recipe.data.pack_tokens])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def draws(self, step: int) -> list[SampleRef]:
+        """The samples of a step: positions step*N to (step+1)*N - 1 of the mixture, N = global_batch.samples."""
+        size = self.recipe.global_batch.samples
+        drawn = self.mixture.draws(step * size, (step + 1) * size)
+        names = self.mixture.names
+        return [
+            SampleRef(names[d], int(self.train_rows[names[d]][row]), epoch)
+            for d, row, epoch in zip(drawn.source.tolist(), drawn.row.tolist(), drawn.epoch.tolist(), strict=True)
+        ]
+
+    def plan_step(self, step: int) -> list[Pack]:
+        """The packs of a step, the same on every rank and for every number of ranks."""
+        return self._pack(self.draws(step))
+
+    def deal_step(self, step: int) -> list[list[list[Pack]]]:
+        """The step's packs as [micro_step][rank] -> packs."""
+        return packing.deal(self.plan_step(step), self.world_size, self.recipe.micro_batch_size)
+
+    def validation_sources(self) -> list[str]:
+        """Names that can be validated on: those of validation.sources, and sources of the mixture with a held-out part."""
+        if self.recipe.validation is None:
+            return []
+        return [*self.recipe.validation.sources, *(name for name in self.mixture.names if len(self.held_out[name]))]
+
+    def plan_validation(self, source_name: str) -> list[Pack]:
+        """The packs of a validation source: its first validation.max_samples samples, the same for every world size."""
+        if self.recipe.validation is None or source_name not in self.validation_sources():
+            raise DataError(
+                f"{source_name!r} is no validation source; there are {', '.join(self.validation_sources()) or 'none'}."
+            )
+        rows = self.held_out[source_name][: self.recipe.validation.max_samples]
+        return self._pack([SampleRef(source_name, int(row), 0) for row in rows])
+
+    def _pack(self, refs: Sequence[SampleRef]) -> list[Pack]:
+        rows = [self.indexes[ref.source].rows[ref.row] for ref in refs]
+        tokens = np.array([row["tokens"] for row in rows], dtype=np.int64)
+        tiles = np.array([row["tiles"] for row in rows], dtype=np.int64)
+        return packing.pack(refs, tokens, tiles, self.recipe.data.pack_tokens, self.cost)
+
+    def chunks(self, ranks: Sequence[Sequence[Pack]]) -> int:
+        """How often every rank runs a tower inside the engine in a micro-step: the most that any rank's tiles need."""
+        most = max(sum(item.tiles for item in packs) for packs in ranks)
+        return -(-most // self.recipe.vision_tiles_per_chunk)
+
+    def load(self, ref: SampleRef) -> _Loaded:
+        """Reads, renders and decodes one sample. Raises BadSample."""
+        index, source, settings = self.indexes[ref.source], self.sources[ref.source], self.settings
+        row = index.rows[ref.row]
+        data = source.read(int(row["offset"]), int(row["num_bytes"]))
+        if line_hash(data) != int(row["hash"]):
+            raise BadSample("changed file", "the line has changed since it was indexed; start again to index it anew")
+        sample = parse_line(data)
+        tiles = [
+            tiling.cut(
+                open_image(source.image_path(image), image),
+                int(row["max_tiles"]),
+                settings.tile_size,
+                settings.tiling.thumbnail,
+            )
+            for image in sample.images
+        ]
+        rendered = chat.join(settings.lay_out(sample, [len(t) for t in tiles]), settings.tokenizer.encode)
+        if len(rendered.tile_starts) != row["tiles"] or len(rendered.input_ids) != row["tokens"]:
+            raise BadSample(
+                "changed image",
+                f"{len(rendered.tile_starts)} tiles and {len(rendered.input_ids)} tokens, but {row['tiles']} and {row['tokens']} "
+                "when it was indexed: an image has another size now",
+            )
+        return _Loaded(ref, rendered, tiles)
+
+
+def open_data(recipe: schema.Recipe, *, rank: int, world_size: int) -> DataPlan:
+    """Reads the tokenizer, indexes the sources (rank 0; others wait) and fixes the order.
+
+    Raises DataError with every problem of every source.
+    """
+    tokenizer = load_tokenizer(recipe.tokenizer.path)
+    rows_of_embedding = recipe.model.language_model.vocab_size
+    if tokenizer.vocab_size > rows_of_embedding:
+        raise DataError(
+            f"{recipe.tokenizer.path}: the tokenizer has {tokenizer.vocab_size} ids, but "
+            f"model.language_model.vocab_size is {rows_of_embedding}; they must belong together."
+        )
+    settings = IndexSettings.of(recipe, tokenizer)
+    validation = recipe.validation
+    index_dir = Path(recipe.data.index_dir) if recipe.data.index_dir else Path(recipe.output_dir) / "data_index"
+    sources: dict[str, JsonlSource] = {}
+    indexes: dict[str, SourceIndex] = {}
+    problems: list[str] = []
+    for name, given in {**recipe.data.mixture, **(validation.sources if validation else {})}.items():
+        try:
+            source = JsonlSource(name, given)
+            begin = time.monotonic()
+            indexes[name] = open_index(source, settings, index_dir, max_bad_share=recipe.data.max_bad_share, rank=rank)
+            sources[name] = source
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        _report(indexes[name], index_dir, time.monotonic() - begin)
+    if problems:
+        raise DataError("\n".join(problems))
+    share = validation.held_out_share if validation else 0.0
+    train_rows: dict[str, NDArray[np.int64]] = {}
+    held_out: dict[str, NDArray[np.int64]] = {}
+    for name in recipe.data.mixture:
+        apart = indexes[name].rows["hash"] < share * 2.0**32
+        train_rows[name], held_out[name] = np.flatnonzero(~apart), np.flatnonzero(apart)
+        if not len(train_rows[name]):
+            raise DataError(
+                f"source {name!r}: validation.held_out_share {share} leaves none of its {len(apart)} samples to train on; "
+                "lower the share."
+            )
+        if share > 0 and not len(held_out[name]):
+            log.warning("source %r: held_out_share %g takes none of its %d samples", name, share, len(apart))
+    for name in validation.sources if validation else ():
+        held_out[name] = np.arange(len(indexes[name].rows), dtype=np.int64)
+    return DataPlan(
+        recipe=recipe,
+        rank=rank,
+        world_size=world_size,
+        tokenizer=tokenizer,
+        settings=settings,
+        sources=sources,
+        indexes=indexes,
+        mixture=Mixture(
+            recipe.seed,
+            {name: len(rows) for name, rows in train_rows.items()},
+            {name: source.weight for name, source in recipe.data.mixture.items()},
+        ),
+        train_rows=train_rows,
+        held_out=held_out,
+        cost=packing.Cost.of(recipe),
+        dropped_at_index={
+            (n, reason): count for n, index in indexes.items() for reason, count in index.dropped.items()
+        },
+        fewer_tiles={
+            n: int(index.rows["lowered"].sum()) for n, index in indexes.items() if index.rows["lowered"].any()
+        },
+    )
+
+
+def _report(index: SourceIndex, index_dir: Path, seconds: float) -> None:
+    log.info("source %r: %d samples of %d lines (index %.1f s)", index.name, len(index.rows), index.num_lines, seconds)
+    for reason, count in sorted(index.dropped.items()):
+        first = next((row for row in index.bad if row.reason == reason), None)
+        where = f", first {index.path}:{first.line}: {first.message}" if first else ""
+        log.warning("source %r: %d dropped as %s%s", index.name, count, reason, where)
+    if index.num_bad:
+        folder = index_dir / f"{index.name}-{index.key}"
+        log.warning(
+            "source %r: the dropped lines are in %s; delete that folder to look again", index.name, folder / "meta.json"
+        )
+    if index.rows["lowered"].any():
+        log.info("source %r: %d samples cut into fewer tiles to fit", index.name, int(index.rows["lowered"].sum()))
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+def build_batch(
+    plan: DataPlan, packs: Sequence[Pack], num_tile_chunks: int, stop: threading.Event | None = None
+) -> _Built:
+    """Loads the samples of `packs` and lays them side by side; bad samples are left out of their pack."""
+    rows: list[list[_Loaded]] = []
+    bad: list[_Bad] = []
+    for item in packs:
+        row: list[_Loaded] = []
+        for ref in item.samples:
+            if stop is not None and stop.is_set():
+                raise _Closed
+            try:
+                row.append(plan.load(ref))
+            except BadSample as error:
+                line = int(plan.indexes[ref.source].rows[ref.row]["line"])
+                bad.append(_Bad(ref, line, error.reason, str(error)))
+        rows.append(row)
+    batch = collate(plan, rows, num_tile_chunks)
+    trained: Counter[str] = Counter()
+    for loaded in (one for row in rows for one in row):
+        trained[loaded.ref.source] += int((loaded.rendered.labels != IGNORE_INDEX).sum())
+    tokens = sum(len(one.rendered.input_ids) for row in rows for one in row)
+    return _Built(batch, tokens, dict(trained), bad)
+
+
+def collate(plan: DataPlan, rows: Sequence[Sequence[_Loaded]], num_tile_chunks: int) -> Batch:
+    """Rows of samples to one Batch; shorter rows are padded at the end, a row without samples is one pad token.
+
+    Example, rows of 3 + 2 and 4 tokens: S = 5, cu_seqlens [0, 3, 5, 9, 10], position_ids [0 1 2 0 1] and [0 1 2 3 0].
+    """
+    lengths = [[len(one.rendered.input_ids) for one in row] for row in rows]
+    width = max(1, max(sum(row) for row in lengths))
+    shape = (len(rows), width)
+    per_tile = plan.settings.image_tokens_per_tile
+    px = plan.settings.tile_size
+    input_ids = np.full(shape, plan.tokenizer.pad, dtype=np.int64)  # [B, S]
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)  # [B, S]
+    position_ids = np.zeros(shape, dtype=np.int64)  # [B, S]
+    image_slots = np.full(shape, -1, dtype=np.int64)  # [B, S]
+    num_tiles = sum(len(t) for row in rows for one in row for t in one.tiles)
+    tiles = np.empty((num_tiles, 3, px, px), dtype=np.uint8)  # [T, 3, px, px]
+    bounds = [0]
+    tile = 0
+    for b, row in enumerate(rows):
+        at = 0
+        for one in row:
+            end = at + len(one.rendered.input_ids)
+            input_ids[b, at:end] = one.rendered.input_ids
+            labels[b, at:end] = one.rendered.labels
+            position_ids[b, at:end] = np.arange(end - at)
+            first = tile
+            for cut_image in one.tiles:
+                tiles[tile : tile + len(cut_image)] = cut_image
+                tile += len(cut_image)
+            for k, start in enumerate(one.rendered.tile_starts):
+                slot = (first + k) * per_tile
+                image_slots[b, at + start : at + start + per_tile] = np.arange(slot, slot + per_tile)
+            bounds.append(b * width + end)
+            at = end
+        if at < width:
+            position_ids[b, at:] = np.arange(width - at)
+            bounds.append((b + 1) * width)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),  # [G+1]
+        max_seqlen=int(np.diff(bounds).max()),
+        tiles=torch.from_numpy(tiles),
+        image_slots=torch.from_numpy(image_slots),
+        num_trained_tokens=int((labels != IGNORE_INDEX).sum()),
+        num_tile_chunks=num_tile_chunks,
+        samples=tuple(one.ref for row in rows for one in row),
+    )
+
+
+def null_batch(plan: DataPlan) -> Batch:
+    """One pad token, no label, no tile: the same module calls with weight 0."""
+    return collate(plan, [[]], 0)
+
+
+class _Closed(Exception):
+    """The loader was closed while this batch was being built."""
+
+
+class StepLoader:
+    """Iterates `StepData` of this rank from `start_step` to before `end_step`, decoding `data.prefetch_steps` steps ahead.
+
+    What it yields depends on the plan alone, not on the number of threads. Any error in a thread, and DataError when a source
+    has too many bad samples, is raised by `next`; the loader is closed then. Use it in a `with`, or call `close`.
+    """
+
+    def __init__(self, plan: DataPlan, *, start_step: int, end_step: int) -> None:
+        self._plan = plan
+        self._next_step = start_step
+        self._end_step = end_step
+        self._stop = threading.Event()
+        self._steps: deque[tuple[int, list[Future[_Built]]]] = deque()
+        self._watch = _BadSamples(plan)
+        self._threads = ThreadPoolExecutor(plan.recipe.data.num_threads, thread_name_prefix="nvlm-data")
+
+    def __iter__(self) -> Iterator[StepData]:
+        return self
+
+    def __enter__(self) -> StepLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __next__(self) -> StepData:
+        begin = time.perf_counter()
+        try:
+            self._submit()
+            if not self._steps:
+                self.close()
+                raise StopIteration
+            step, futures = self._steps.popleft()
+            built = [future.result() for future in futures]
+            self._submit()
+            wait_s = time.perf_counter() - begin
+            for one in built:
+                self._watch.account(step, one)
+        except BaseException:
+            self.close()
+            raise
+        return _summary(step, built, wait_s)
+
+    def close(self) -> None:
+        """Stops the threads; what was prepared is dropped. May be called twice."""
+        self._stop.set()
+        self._steps.clear()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self) -> None:
+        if self._stop.is_set():
+            return
+        plan = self._plan
+        while self._next_step < self._end_step and len(self._steps) <= plan.recipe.data.prefetch_steps:
+            futures = [
+                self._threads.submit(build_batch, plan, ranks[plan.rank], plan.chunks(ranks), self._stop)
+                for ranks in plan.deal_step(self._next_step)
+            ]
+            self._steps.append((self._next_step, futures))
+            self._next_step += 1
+
+
+def _summary(step: int, built: Sequence[_Built], wait_s: float) -> StepData:
+    samples: Counter[str] = Counter(ref.source for one in built for ref in one.batch.samples)
+    trained: Counter[str] = Counter()
+    for one in built:
+        trained.update(one.trained_by_source)
+    return StepData(
+        step=step,
+        micro_batches=[one.batch for one in built],
+        trained_tokens=sum(one.batch.num_trained_tokens for one in built),
+        tokens=sum(one.tokens for one in built),
+        tiles=sum(len(one.batch.tiles) for one in built),
+        samples=sum(samples.values()),
+        samples_by_source=dict(samples),
+        tokens_by_source=dict(trained),
+        bad=dict(Counter((item.ref.source, item.reason) for one in built for item in one.bad)),
+        wait_s=wait_s,
+    )
+
+
+class _BadSamples:
+    """Counts, writes down and judges the bad samples of this rank."""
+
+    def __init__(self, plan: DataPlan) -> None:
+        self._plan = plan
+        self._seen: Counter[str] = Counter()
+        self._bad_rows: dict[str, set[int]] = {}
+        self._warned: Counter[str] = Counter()
+        name = "bad_samples.jsonl" if plan.rank == 0 else f"bad_samples.rank{plan.rank}.jsonl"
+        self._file = Path(plan.recipe.output_dir) / name
+
+    def account(self, step: int | None, built: _Built) -> None:
+        """Takes one micro batch into account. Raises DataError when a source has too many bad samples."""
+        self._seen.update(ref.source for ref in built.batch.samples)
+        self._seen.update(item.ref.source for item in built.bad)
+        for item in built.bad:
+            self._write(step, item)
+            self._bad_rows.setdefault(item.ref.source, set()).add(item.ref.row)
+            self._judge(item)
+
+    def _judge(self, item: _Bad) -> None:
+        name, share = item.ref.source, self._plan.recipe.data.max_bad_share
+        bad, seen = len(self._bad_rows[name]), self._seen[name]
+        rows = len(self._plan.train_rows[name] if name in self._plan.train_rows else self._plan.held_out[name])
+        allowed = share * min(rows, max(seen, _SEEN_AT_LEAST))
+        only_bad = share < 1 and seen >= min(_FIRST_SAMPLES, rows) and bad >= min(seen, rows)
+        if bad > allowed or only_bad:
+            raise DataError(
+                f"source {name!r}: {bad} of {seen} samples seen cannot be used, more than data.max_bad_share {share} allows; "
+                f"the last is {self._plan.indexes[name].path}:{item.line}: {item.message}. All are in {self._file}."
+            )
+
+    def _write(self, step: int | None, item: _Bad) -> None:
+        path = self._plan.indexes[item.ref.source].path
+        if self._warned[item.ref.source] < _WARNINGS_PER_SOURCE:
+            self._warned[item.ref.source] += 1
+            log.warning("dropped %s:%d: %s (%s)", path, item.line, item.message, item.reason)
+        record = {
+            "step": step,
+            "source": item.ref.source,
+            "file": str(path),
+            "line": item.line,
+            "epoch": item.ref.epoch,
+            "reason": item.reason,
+            "message": item.message,
+        }
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            log.warning("cannot write %s: %s", self._file, error)
+
+
+def validation_batches(plan: DataPlan, source_name: str) -> list[Batch]:
+    """This rank's share of a validation source: the same number of batches on every rank, null packs fill up.
+
+    The packs are the same for every number of ranks. Bad samples are left out and logged.
+    """
+    dealt = packing.deal(plan.plan_validation(source_name), plan.world_size, plan.recipe.micro_batch_size)
+    watch = _BadSamples(plan)
+    batches = []
+    with ThreadPoolExecutor(plan.recipe.data.num_threads, thread_name_prefix="nvlm-validation") as threads:
+        futures = [threads.submit(build_batch, plan, ranks[plan.rank], plan.chunks(ranks)) for ranks in dealt]
+        try:
+            for future in futures:
+                built = future.result()
+                watch.account(None, built)
+                batches.append(built.batch)
+        except BaseException:
+            threads.shutdown(wait=True, cancel_futures=True)
+            raise
+    return batches
