@@ -37,6 +37,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 CONTROL_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>", "pad": "<|endoftext|>", "image": "<|vision_pad|>"}
+TEMPLATE_SYSTEM = {"nvlm_qwen2": None, "hf_nvlm": "Answer the questions."}  # where the recipe names none
 IMAGE_MEAN = [0.485, 0.456, 0.406]  # ImageNet
 IMAGE_STD = [0.229, 0.224, 0.225]
 DTYPES = {"bf16": ("bfloat16", "BF16", 2), "fp32": ("float32", "F32", 4)}  # torch's name, safetensors' name, bytes
@@ -254,11 +255,18 @@ def processor_config(model: Model, recipe: dict[str, Any]) -> dict[str, Any]:
         "image_tokens_per_tile": (model.vision.image_size // model.vision.patch_size // 2) ** 2,
         "max_tiles": tiling["max_tiles"],
         "prompt_template": tokenizer["template"],
-        "system": tokenizer["system"],
+        "system": system_text(recipe),
         "thumbnail": tiling["thumbnail"],
         "tile_size": model.vision.image_size,
         "tile_tags": tiling["tags"],
     }
+
+
+def system_text(recipe: dict[str, Any]) -> str | None:
+    """What training put before a conversation without a system turn: the recipe's text, else the template's own."""
+    tokenizer = recipe["tokenizer"]
+    text: str | None = tokenizer.get("system")
+    return TEMPLATE_SYSTEM[tokenizer["template"]] if text is None else text
 
 
 def chat_template(template: str, system: str | None) -> str:
@@ -271,7 +279,7 @@ def chat_template(template: str, system: str | None) -> str:
     if system is not None:
         quoted = json.dumps(system, ensure_ascii=False)
         lines.append(
-            "{%- if not messages or messages[0]['role'] != 'system' %}"
+            "{%- if messages | selectattr('role', 'equalto', 'system') | list | length == 0 %}"
             f"{{{{- '<|im_start|>system\\n' + {quoted} + '{end}' }}}}"
             "{%- endif %}"
         )
@@ -344,7 +352,7 @@ def _write_tokenizer(folder: Path, out: Path, recipe: dict[str, Any]) -> None:
     settings = _tokenizer_settings(folder)
     fallback = "PreTrainedTokenizerFast" if (folder / "tokenizer.json").is_file() else "Qwen2Tokenizer"
     settings.setdefault("tokenizer_class", fallback)
-    settings["chat_template"] = chat_template(recipe["tokenizer"]["template"], recipe["tokenizer"]["system"])
+    settings["chat_template"] = chat_template(recipe["tokenizer"]["template"], system_text(recipe))
     settings["eos_token"] = CONTROL_TOKENS["im_end"]
     settings["pad_token"] = CONTROL_TOKENS["pad"]
     settings.setdefault("bos_token", None)

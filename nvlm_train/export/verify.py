@@ -248,7 +248,7 @@ def _layout_problems(stored: dict[str, dict[str, Any]], config: dict[str, Any]) 
         if name in layout and tensor["shape"] != layout[name]:
             problems.append(f"{name} is {list(tensor['shape'])}, expected {list(layout[name])}")
         if tensor["dtype"] != dtype:
-            problems.append(f"{name} is {tensor['dtype']}, torch_dtype says {dtype}")
+            problems.append(f"{name} is {tensor['dtype']}, torch_dtype says {config.get('torch_dtype')}")
     return problems
 
 

@@ -37,7 +37,7 @@ class Answerer:
 
 
 def load_answerer(folder: str | Path) -> Answerer:
-    """Loads an export, or a plain Qwen2 folder, on the GPU as stored, without one on the CPU in fp32 (bf16 is slow there).
+    """Loads an export or a plain Qwen2 folder: on a GPU as stored; without one on the CPU in fp32 (bf16 is slow there).
 
     CheckpointError when the folder is neither.
     """

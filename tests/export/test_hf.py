@@ -94,8 +94,8 @@ def test_config_keys_cover_the_published_ones_that_describe_the_model(exported: 
     """Twin of the check against the published config.json: the names, from the reference sheet."""
     config = json.loads((exported / "config.json").read_text())
     top = {"architectures", "auto_map", "downsample_ratio", "dynamic_image_size", "force_image_size", "llm_config",
-           "max_dynamic_patch", "min_dynamic_patch", "model_type", "ps_version", "select_layer", "template", "torch_dtype",
-           "use_backbone_lora", "use_llm_lora", "use_thumbnail", "vision_config"}  # fmt: skip
+           "max_dynamic_patch", "min_dynamic_patch", "model_type", "ps_version", "select_layer", "template",
+           "torch_dtype", "use_backbone_lora", "use_llm_lora", "use_thumbnail", "vision_config"}  # fmt: skip
     assert top <= set(config)
 
 

@@ -121,7 +121,10 @@ class NVLM_D_Config(PretrainedConfig):
             decoder["model_type"] = "qwen2"
         for part in (values, decoder, values.get("vision_config")):
             if isinstance(part, dict):
-                for private in ("transformers_version", "_name_or_path"):  # the second would tell where it was saved from
+                for private in (
+                    "transformers_version",
+                    "_name_or_path",
+                ):  # the second would tell where it was saved from
                     part.pop(private, None)
                 dtype = part.pop("dtype", None) or part.get("torch_dtype")
                 if dtype is not None:

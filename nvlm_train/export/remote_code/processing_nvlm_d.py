@@ -114,7 +114,7 @@ class NVLM_D_Processor:
         """Token ids of a question or conversation up to where the assistant's answer begins."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         system = self.settings["system"] if system is None else system
-        if system is not None and not (messages and messages[0]["role"] == "system"):
+        if system is not None and not any(message["role"] == "system" for message in messages):
             messages = [{"role": "system", "content": system}, *messages]
         contents = [self._parts(message["content"]) for message in messages]
         marks = sum(part is None for parts in contents for part in parts)
@@ -130,6 +130,8 @@ class NVLM_D_Processor:
         for message, parts in zip(messages, contents):  # noqa: B905
             ids += self._control("<|im_start|>")
             text = message["role"] + "\n"
+            if message["role"] == "assistant":  # an answer is tokenised apart from its header, as when it is generated
+                ids, text = ids + self._text(text), ""
             for part in parts:
                 if part is not None:
                     text += part
@@ -159,7 +161,8 @@ class NVLM_D_Processor:
 
     def _image(self, before: str, num_tiles: int) -> tuple[list[int], str]:
         """Ids of the text before an image and of its tiles, and the text that goes on after them."""
-        tags = [f"<tile_{k}>" for k in range(1, num_tiles)] + ["<tile_global_thumbnail>"]
+        whole = num_tiles == 1 or self.settings["thumbnail"]  # whether the last tile shows the whole image
+        tags = [f"<tile_{k}>" for k in range(1, num_tiles + (not whole))] + ["<tile_global_thumbnail>"] * whole
         if self.settings["tile_tags"] == "none":
             tags = [""] * num_tiles
         ids: list[int] = []

@@ -1,0 +1,75 @@
+"""Answers of an export and of a plain Qwen2 folder."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nvlm_train.errors import CheckpointError, DataError
+from nvlm_train.infer.generate import answer, generate_command, load_answerer
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    values = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    return tmp_path / "a.png"
+
+
+def arguments(out: Path, **changes: Any) -> Namespace:
+    return Namespace(
+        **({"out": str(out), "image": [], "prompt": "What?", "max_new_tokens": 20, "json": False} | changes)
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_answers_with_and_without_images(
+    folders: dict[str, Path], image: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate_command(arguments(folders["nvlm"], image=[str(image)] * count)) == 0
+    assert capsys.readouterr().out == "left digit\n"
+
+
+def test_json_answer_says_whether_it_ended(
+    folders: dict[str, Path], image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate_command(arguments(folders["nvlm"], image=[str(image)], json=True))
+    report = json.loads(capsys.readouterr().out)
+    assert report["answer"] == "left digit" and report["ended"] is True and report["images"] == [str(image)]
+    generate_command(arguments(folders["nvlm"], max_new_tokens=1, json=True))
+    assert json.loads(capsys.readouterr().out)["ended"] is False
+
+
+def test_a_batch_of_unlike_prompts(folders: dict[str, Path], image: Path) -> None:
+    answerer = load_answerer(folders["nvlm"])
+    with Image.open(image) as opened:
+        found = answer(answerer, ["a", "a longer question?", "<image>?"], [[], [opened], [opened]], 20)
+    assert found == [("left digit", True)] * 3
+
+
+def test_plain_qwen2_answers_text_and_refuses_images(
+    folders: dict[str, Path], image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate_command(arguments(folders["qwen2"])) == 0
+    assert capsys.readouterr().out == "left digit\n"
+    with pytest.raises(DataError, match="text-only"):
+        generate_command(arguments(folders["qwen2"], image=[str(image)]))
+
+
+def test_bad_input(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        generate_command(arguments(folders["nvlm"], image=[str(tmp_path / "none.png")]))
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n1234")
+    with pytest.raises(DataError, match=r"cut\.png cannot be"):
+        generate_command(arguments(folders["nvlm"], image=[str(tmp_path / "cut.png")]))
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        generate_command(arguments(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        generate_command(arguments(tmp_path))
