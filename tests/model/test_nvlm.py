@@ -90,8 +90,6 @@ def test_without_image_tokens_image_gradients_are_zero_and_not_missing(kind: str
     for name, grad in gradients(model).items():
         if name.startswith("language_model."):
             assert grad is not None and grad.any(), name
-        elif name.startswith("vision_model.") and kind == "no image":
-            assert grad is None  # no call was planned, on any rank
         else:
             assert grad is not None and not grad.any(), name
 
