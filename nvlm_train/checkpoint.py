@@ -34,6 +34,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -127,27 +128,24 @@ def find_step(path: str | Path) -> Path:
 
 
 @contextmanager
-def _together(gather: Callable[[Any], list[Any]], what: str) -> Iterator[None]:
+def _together(gather: Callable[[Any], list[Any]], rank: int, what: str) -> Iterator[None]:
     """Runs a part of a save on every rank; when it failed on any of them it fails on all, with each one's cause."""
-    cause = None
+    causes: dict[int, str] = {}
     try:
         yield
+    except CheckpointException as error:  # DCP's, a BaseException: it brings what failed on every rank
+        causes = {number: _cause(failure[0]) for number, failure in error.failures.items()}
     except Exception as error:
-        cause = _cause(error)
-    causes = {rank: cause for rank, cause in enumerate(gather(cause)) if cause is not None}
+        causes = {rank: _cause(error)}
+    for found in gather(causes):
+        causes |= found
     if causes:
-        lines = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
+        lines = "; ".join(f"rank {number}: {cause}" for number, cause in sorted(causes.items()))
         raise CheckpointError(f"{what} failed, the previous checkpoint is untouched: {lines}")
 
 
 def _cause(error: BaseException) -> str:
-    """The first real cause of an exception; DCP wraps those of all ranks into one."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        first = next(iter(failures.values()))
-        error = first[0] if isinstance(first, tuple) else first
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1] if text else ''}"
+    return f"{type(error).__name__}: {error}".strip()
 
 
 def save(
@@ -171,13 +169,13 @@ def save(
     final, temporary = run / f"step_{step}", run / f".saving_step_{step}"
     what = f"saving {final}"
     try:
-        with _together(gather, what):
+        with _together(gather, rank, what):
             if rank == 0:
                 for leftover in (temporary, final):  # of a crash: never a complete checkpoint, see COMMITTED
                     if leftover.exists() and not (leftover / COMMITTED).exists():
                         shutil.rmtree(leftover)
                 (temporary / "weights").mkdir(parents=True)
-        with _together(gather, what):
+        with _together(gather, rank, what):
             mesh = _mesh(world_size, control)
             tensors = {
                 f"{key}/{name}": _sharded(mesh, part, torch.Size(shapes[name]).numel(), world_size)
@@ -185,13 +183,14 @@ def save(
                 for key, part in parts.items()
             }
             writer = FileSystemWriter(temporary / "weights", sync_files=True)
-            dcp.save(tensors, storage_writer=writer, process_group=control, no_dist=world_size == 1)
+            with _quiet_dcp():
+                dcp.save(tensors, storage_writer=writer, process_group=control, no_dist=world_size == 1)
             own = {
                 path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
                 for path in (temporary / "weights").glob(f"__{rank}_*")
             }
         manifest = {name: entry for part in gather(own) for name, entry in part.items()}
-        with _together(gather, what):
+        with _together(gather, rank, what):
             if rank == 0:
                 metadata = temporary / "weights" / ".metadata"
                 manifest[".metadata"] = {"bytes": metadata.stat().st_size, "sha256": sha256(metadata)}
@@ -209,6 +208,14 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+@contextmanager
+def _quiet_dcp() -> Iterator[None]:
+    """DCP warns when it runs without a process group, which is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _mesh(world_size: int, control: dist.ProcessGroup | None) -> DeviceMesh | None:
@@ -327,6 +334,7 @@ class Checkpoint:
                 wrong = "is missing" if found is None else f"has {found:,} bytes"
                 raise CheckpointError(f"{file} {wrong}, its manifest says {entry['bytes']:,}: the checkpoint is damaged")
         self._reader = _Reader(self.path / "weights")
+        self._reader.read_metadata()
 
     def verify_checksums(self) -> None:
         """Compares every file with the manifest's SHA-256; raises CheckpointError naming those that differ."""
@@ -342,14 +350,13 @@ class Checkpoint:
         out = {pair: torch.empty(end - begin, dtype=torch.float32) for pair, (begin, end) in wanted.items()}
         ranges = {f"{key}/{name}": (wanted[name, key][0], tensor) for (name, key), tensor in out.items() if tensor.numel()}
         if ranges:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(
-                    {key: tensor for key, (_, tensor) in ranges.items()},
-                    storage_reader=self._reader,
-                    planner=_SlicePlanner(ranges),
-                    no_dist=True,
-                )
+            tensors = {key: tensor for key, (_, tensor) in ranges.items()}
+            try:
+                with _quiet_dcp():
+                    dcp.load(tensors, storage_reader=self._reader, planner=_SlicePlanner(ranges), no_dist=True)
+            except CheckpointException as error:
+                causes = "; ".join(_cause(failure[0]) for failure in error.failures.values())
+                raise CheckpointError(f"{self.path / 'weights'} cannot be read: {causes}") from None
         return out
 
     def read_master(self, name: str) -> Tensor:

@@ -146,7 +146,8 @@ def write_slices(engine: Engine, read: Callable[[str, str, int, int], Tensor], a
     adam_step: AdamW's step count, the same for all parameters.
     """
     _prepare_optimizer_state(engine)
-    for state in _adam_states(engine):
+    for flat in _flat_masters(engine):  # a tensor each: one shared by all groups would be counted once per group
+        state = engine.deepspeed.basic_optimizer.state[flat]
         state["step"] = torch.tensor(float(adam_step), dtype=torch.float32, device=state["step"].device)
     for name, parameter in engine.trainable():
         for key in STATE_KEYS:
@@ -154,26 +155,27 @@ def write_slices(engine: Engine, read: Callable[[str, str, int, int], Tensor], a
     _refresh_model_weights(engine)
 
 
+def _flat_masters(engine: Engine) -> list[Tensor]:
+    """The fp32 tensors that AdamW really steps; its param_groups name those of ZeRO-3 only while it steps."""
+    if engine.stage == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [flat for group in engine.deepspeed.basic_optimizer.param_groups for flat in group["params"]]
+
+
 def _prepare_optimizer_state(engine: Engine) -> None:
     """torch's AdamW makes its state in the first step; a state to read or fill must exist before."""
     base = engine.deepspeed.basic_optimizer
-    for group in base.param_groups:
-        for flat in group["params"]:
-            state = base.state[flat]
-            if "exp_avg" not in state:
-                step_device = flat.device if group.get("fused") else torch.device("cpu")
-                state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
-                state["exp_avg"] = torch.zeros_like(flat, dtype=torch.float32)
-                state["exp_avg_sq"] = torch.zeros_like(flat, dtype=torch.float32)
+    fused = base.param_groups[0].get("fused")
+    for flat in _flat_masters(engine):
+        state = base.state[flat]
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
+            state["exp_avg"] = torch.zeros_like(flat, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(flat, dtype=torch.float32)
     if engine.stage in (1, 2):
         # DeepSpeed links parameters to their moments once, in the first step, when only the first group has any
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _adam_states(engine: Engine) -> Iterator[dict[str, Tensor]]:
-    base = engine.deepspeed.basic_optimizer
-    return (base.state[flat] for group in base.param_groups for flat in group["params"])
 
 
 def _read_slice(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:

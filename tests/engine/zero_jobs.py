@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 from tiny import IMAGE_TOKENS, make_batch, model_config, null_batch, seeded_value
 
+from nvlm_train import checkpoint
 from nvlm_train.batch import Batch
 from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
@@ -197,3 +199,46 @@ def join(batches: list[Batch]) -> Batch:
         image_slots=torch.cat(slots, 1),
         num_trained_tokens=sum(b.num_trained_tokens for b in batches),
     )
+
+
+def save_and_restore(
+    *, rank: int, world_size: int, folder: str, stage: int, precision: str, restore_only: bool = False
+) -> dict[str, Any]:
+    """Three steps, a checkpoint, three more; then the checkpoint into a fresh engine and the same three again."""
+    run, out = Path(folder), {}
+    samples = [(9, 1), (7, 0), (12, 2), (5, 0)]
+
+    def train(engine: zero.Engine, tower: Any, world: dist.World, steps: range) -> list[float]:
+        losses = []
+        for number in steps:
+            singles = [make_batch([s], 100 * number + i) for i, s in enumerate(samples)]
+            total = sum(b.num_trained_tokens for b in singles)
+            mine = singles[rank::world_size]
+            loss_sum = 0.0
+            for micro, batch in enumerate(mine):
+                features = encode_tiles(tower, batch.tiles, DTYPES[precision])
+                loss = zero.forward(engine, batch, features, last=micro == len(mine) - 1)
+                zero.backward(engine, loss, total)
+                loss_sum += float(loss.detach())
+            zero.step(engine)
+            losses.append(dist.sum_over_ranks(world, [loss_sum], torch.float64)[0] / total)
+        return losses
+
+    if not restore_only:
+        engine, tower, world = start(stage=stage, precision=precision)
+        train(engine, tower, world, range(3))
+        shapes = {name: tuple(full_shape(p)) for name, p in engine.trainable()}
+        checkpoint.save(
+            run, 3, zero.read_slices(engine), shapes, {"adam_step": 3}, rank=rank, world_size=world_size,
+            control=world.control, gather=lambda value: dist.gather(world, value),
+        )  # fmt: skip
+        out["uninterrupted"] = train(engine, tower, world, range(3, 6))
+        out["state_uninterrupted"] = full_state(engine, world)
+    engine, tower, world = start(stage=stage, precision=precision, seed=8)
+    if tower is not None:  # the frozen tower comes from the base weights, not from the checkpoint
+        tower = start(stage=0 if precision == "fp32" else 1, precision=precision)[1]
+    opened = checkpoint.Checkpoint(run)
+    zero.write_slices(engine, lambda n, k, b, e: opened.read_many({(n, k): (b, e)})[n, k], opened.state["adam_step"])
+    out["resumed"] = train(engine, tower, world, range(3, 6))
+    out["state_resumed"] = full_state(engine, world)
+    return out
