@@ -156,8 +156,12 @@ def test_checkpointing_changes_nothing(trained: bool) -> None:
         model = make_model(activation_checkpointing=mode)
         model.language_model.requires_grad_(trained)
         batch = pack([[(11, 1), (9, 0)]])
+        calls: list[int] = []
+        model.language_model.model.layers[1].register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
         loss = model(batch)
+        assert len(calls) == 1
         loss.backward()
+        assert len(calls) == (2 if mode == "full" else 1), "recomputed once in backward, and only when asked"
         results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
     assert torch.equal(results[0][0], results[1][0])
     for name, grad in results[0][1].items():

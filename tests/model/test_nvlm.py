@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +24,10 @@ from model_cases import (
 from torch import Tensor
 
 from nvlm_train.batch import IGNORE_INDEX
+from nvlm_train.model.pretrained import expected_shapes
 from nvlm_train.model.projector import pixel_shuffle
 from nvlm_train.model.vision import encode_tiles
+from nvlm_train.recipe import schema
 
 torch.set_num_threads(1)
 
@@ -209,9 +214,6 @@ def test_bf16_trains() -> None:
 
 def test_the_whole_model_builds_without_memory_and_counts_as_published() -> None:
     """NVLM-D-72B: 78,863,416,704 parameters in 1556 tensors (reference: the published index)."""
-    from nvlm_train.model.pretrained import expected_shapes
-    from nvlm_train.recipe import schema
-
     config = schema.Model.model_validate({"vision": "internvit_6b_448px_v1_5", "language_model": "qwen2_72b_instruct"})
     shapes = expected_shapes(config)
     assert len(shapes) == 1556
@@ -220,3 +222,18 @@ def test_the_whole_model_builds_without_memory_and_counts_as_published() -> None
         counts[name.split(".")[0] + "."] += torch.Size(shape).numel()
     assert counts == {"vision_model.": 5_536_496_000, "projector.": 620_717_056, "language_model.": 72_706_203_648}
     assert sum(counts.values()) == 78_863_416_704
+
+
+def test_names_are_the_published_ones() -> None:
+    """All 1556 names of the published index, with the projector's as `mlp1`."""
+    folder = os.environ.get("NVLM_FIXTURES")
+    if not folder:
+        pytest.skip("NVLM_FIXTURES is not set: the published index is not here (the test above counts the names)")
+    index = json.loads((Path(folder) / "nvlm-d-72b" / "model.safetensors.index.json").read_text())
+    config = schema.Model.model_validate({"vision": "internvit_6b_448px_v1_5", "language_model": "qwen2_72b_instruct"})
+    renamed = {"projector.norm": "mlp1.0", "projector.fc1": "mlp1.1", "projector.fc2": "mlp1.3"}
+    ours = set()
+    for name in expected_shapes(config):
+        module, _, leaf = name.rpartition(".")
+        ours.add(f"{renamed.get(module, module)}.{leaf}")
+    assert ours == set(index["weight_map"])
