@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from nvlm_train import __version__
 from nvlm_train.errors import NvlmError, SetupError
@@ -92,8 +92,19 @@ def environment() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"nvlm_train": __version__, "python": platform.python_version(), "system": platform.platform()}
-    for package in ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pydantic", "pyyaml", "pillow",
-                    "triton", "wandb", "tensorboard"):  # fmt: skip
+    for package in (
+        "torch",
+        "deepspeed",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "pydantic",
+        "pyyaml",
+        "pillow",
+        "triton",
+        "wandb",
+        "tensorboard",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -120,7 +131,13 @@ def _json_flag(parser: argparse.ArgumentParser) -> None:
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="R.yaml", help="the recipe")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that win over the file's: optimizer.lr=1e-5")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="values that win over the file's: optimizer.lr=1e-5",
+    )
 
 
 def _recipe_on_ranks(parser: argparse.ArgumentParser) -> None:
@@ -142,15 +159,26 @@ def _keys_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
-    parser.add_argument("--resume", choices=("auto", "never"), default="auto",
-                        help="auto: go on from the newest checkpoint of output_dir, if there is one; "
-                             "never: refuse an output_dir that holds a run")  # fmt: skip
-    parser.add_argument("--accept", action="append", default=[], metavar="KEY",
-                        help="let this `ask` key differ from the run's recipe; may be given several times")  # fmt: skip
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto: go on from the newest checkpoint of output_dir, if there is one; "
+        "never: refuse an output_dir that holds a run",
+    )
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="let this `ask` key differ from the run's recipe; may be given several times",
+    )
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN[/step_N]", help="run directory (its newest checkpoint), or one checkpoint of it")
+    parser.add_argument(
+        "run", metavar="RUN[/step_N]", help="run directory (its newest checkpoint), or one checkpoint of it"
+    )
     parser.add_argument("out", metavar="OUT", help="folder to write; must not hold another export")
     parser.add_argument("--no-verify", action="store_true", help="do not reload and compare the export")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the weights (default: bf16)")
@@ -166,15 +194,21 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="exported folder")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be given several times")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="an image; may be given several times"
+    )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
-    parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)")
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)"
+    )
     _json_flag(parser)
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="exported folder, or a plain Qwen2 folder for data without images")
-    parser.add_argument("--data", required=True, metavar="FILE", help="JSONL whose last assistant turns are the right answers")
+    parser.add_argument(
+        "--data", required=True, metavar="FILE", help="JSONL whose last assistant turns are the right answers"
+    )
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows")
     _json_flag(parser)
 
@@ -189,29 +223,66 @@ def _positive(text: str) -> int:
 _positive.__name__ = "whole number"  # what argparse calls it in "invalid whole number value"
 
 VERBS: dict[str, Verb] = {
-    "recipe check": Verb("say whether a recipe is good; all of its problems at once", _recipe_on_ranks,
-                         "recipe check recipes/quickstart.yaml optimizer.lr=1e-3", _recipe("check")),
-    "recipe show": Verb("every effective value with its origin, and what follows from them", _recipe_on_ranks,
-                        "recipe show recipes/nvlm_d_72b/2_sft.yaml --world-size 64", _recipe("show")),
-    "recipe diff": Verb("the keys in which two recipes or runs differ", _diff_arguments,
-                        "recipe diff recipes/nvlm_d_72b/1_pretrain.yaml recipes/nvlm_d_72b/2_sft.yaml", _recipe("diff")),
-    "recipe keys": Verb("every key: type, default, whether a resume may change it, meaning", _keys_arguments,
-                        "recipe keys optimizer", _recipe("keys")),
-    "recipe schema": Verb("the JSON schema, for editors", lambda parser: None,
-                          "recipe schema > recipe.schema.json", _recipe("schema")),
-    "train": Verb("train; again: go on where it stopped", _train_arguments,
-                  "train recipes/quickstart.yaml max_steps=20\n"
-                  "  torchrun --nproc-per-node 8 -m nvlm_train train recipes/nvlm_d_72b/2_sft.yaml", _train),
-    "export": Verb("write a run as a Hugging Face folder, and verify it", _export_arguments,
-                   "export runs/quickstart exports/quickstart", _export),
-    "verify": Verb("compare an export with the checkpoint it was made of", _verify_arguments,
-                   "verify exports/quickstart --against runs/quickstart/step_600", _verify),
-    "generate": Verb("answer a question about images", _generate_arguments,
-                     'generate exports/quickstart --image two_digits.png --prompt "What is the sum?"', _generate),
-    "evaluate": Verb("share of right answers on held-out data", _evaluate_arguments,
-                     "evaluate exports/quickstart --data demo/held_out.jsonl --json", _evaluate),
+    "recipe check": Verb(
+        "say whether a recipe is good; all of its problems at once",
+        _recipe_on_ranks,
+        "recipe check recipes/quickstart.yaml optimizer.lr=1e-3",
+        _recipe("check"),
+    ),
+    "recipe show": Verb(
+        "every effective value with its origin, and what follows from them",
+        _recipe_on_ranks,
+        "recipe show recipes/nvlm_d_72b/2_sft.yaml --world-size 64",
+        _recipe("show"),
+    ),
+    "recipe diff": Verb(
+        "the keys in which two recipes or runs differ",
+        _diff_arguments,
+        "recipe diff recipes/nvlm_d_72b/1_pretrain.yaml recipes/nvlm_d_72b/2_sft.yaml",
+        _recipe("diff"),
+    ),
+    "recipe keys": Verb(
+        "every key: type, default, whether a resume may change it, meaning",
+        _keys_arguments,
+        "recipe keys optimizer",
+        _recipe("keys"),
+    ),
+    "recipe schema": Verb(
+        "the JSON schema, for editors", lambda parser: None, "recipe schema > recipe.schema.json", _recipe("schema")
+    ),
+    "train": Verb(
+        "train; again: go on where it stopped",
+        _train_arguments,
+        "train recipes/quickstart.yaml max_steps=20\n"
+        "  torchrun --nproc-per-node 8 -m nvlm_train train recipes/nvlm_d_72b/2_sft.yaml",
+        _train,
+    ),
+    "export": Verb(
+        "write a run as a Hugging Face folder, and verify it",
+        _export_arguments,
+        "export runs/quickstart exports/quickstart",
+        _export,
+    ),
+    "verify": Verb(
+        "compare an export with the checkpoint it was made of",
+        _verify_arguments,
+        "verify exports/quickstart --against runs/quickstart/step_600",
+        _verify,
+    ),
+    "generate": Verb(
+        "answer a question about images",
+        _generate_arguments,
+        'generate exports/quickstart --image two_digits.png --prompt "What is the sum?"',
+        _generate,
+    ),
+    "evaluate": Verb(
+        "share of right answers on held-out data",
+        _evaluate_arguments,
+        "evaluate exports/quickstart --data demo/held_out.jsonl --json",
+        _evaluate,
+    ),
     "env": Verb("versions, devices and launcher variables", _json_flag, "env --json", _env),
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ the command
@@ -227,11 +298,25 @@ class _Parser(argparse.ArgumentParser):
 def _parser_of(name: str) -> argparse.ArgumentParser:
     verb = VERBS[name]
     parser = _Parser(
-        prog=f"{PROG} {name}", description=verb.summary[0].upper() + verb.summary[1:] + ".", allow_abbrev=False,
-        epilog=f"example:\n  {PROG} {verb.example}", formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        prog=f"{PROG} {name}",
+        description=verb.summary[0].upper() + verb.summary[1:] + ".",
+        allow_abbrev=False,
+        epilog=f"example:\n  {PROG} {verb.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verb.arguments(parser)
     return parser
+
+
+def parse(name: str, rest: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a verb. Overrides may stand anywhere, also behind flags, where argparse would not look for them."""
+    parser = _parser_of(name)
+    args, extra = parser.parse_known_args(rest)
+    if extra and (not hasattr(args, "overrides") or any(word.startswith("-") for word in extra)):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra:
+        args.overrides = [*args.overrides, *extra]
+    return args
 
 
 def _overview(group: str = "") -> str:
@@ -239,7 +324,12 @@ def _overview(group: str = "") -> str:
     width = max(map(len, names))
     lines = [f"usage: {PROG} {group}VERB ...", "", "Train, fine-tune and export NVLM-style multimodal models.", ""]
     lines += [f"  {name:<{width}}  {VERBS[name].summary}" for name in names]
-    lines += ["", f"`{PROG} VERB --help` shows a verb's arguments and an example; `{PROG} --version` the version.", "", "example:"]
+    lines += [
+        "",
+        f"`{PROG} VERB --help` shows a verb's arguments and an example; `{PROG} --version` the version.",
+        "",
+        "example:",
+    ]
     lines.append(f"  {PROG} {VERBS[names[0]].example}")
     return "\n".join(lines)
 
@@ -260,7 +350,9 @@ def _find_verb(argv: list[str]) -> tuple[str, list[str]] | None:
             return None
         if f"recipe {argv[1]}" in VERBS:
             return f"recipe {argv[1]}", argv[2:]
-        raise SetupError(_unknown(argv[1], [name.split()[1] for name in VERBS if name.startswith("recipe ")], "recipe "))
+        raise SetupError(
+            _unknown(argv[1], [name.split()[1] for name in VERBS if name.startswith("recipe ")], "recipe ")
+        )
     raise SetupError(_unknown(argv[0], [*dict.fromkeys(name.split()[0] for name in VERBS)], ""))
 
 
@@ -282,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         name, rest = found
         try:
-            args: Any = _parser_of(name).parse_intermixed_args(rest)
+            args = parse(name, rest)
         except SystemExit as leaving:  # --help
             return int(leaving.code or 0)
         set_up_logging()
@@ -297,6 +389,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader (`| head`) has seen enough; keep Python from complaining while it closes stdout
+    except (
+        BrokenPipeError
+    ):  # the reader (`| head`) has seen enough; keep Python from complaining while it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

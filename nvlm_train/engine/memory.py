@@ -16,9 +16,17 @@ from nvlm_train.model.flops import (
 from nvlm_train.recipe.schema import Recipe
 
 KINDS = (
-    "weights", "gradients", "optimizer", "tower_replicated", "gathered", "buckets", "activations", "recomputed_layer",
-    "loss", "vision_activations",
-)  # fmt: skip
+    "weights",
+    "gradients",
+    "optimizer",
+    "tower_replicated",
+    "gathered",
+    "buckets",
+    "activations",
+    "recomputed_layer",
+    "loss",
+    "vision_activations",
+)
 
 
 def predict_memory(recipe: Recipe, world_size: int) -> dict[str, int]:
@@ -67,10 +75,11 @@ def predict_memory(recipe: Recipe, world_size: int) -> dict[str, int]:
         "optimizer": share(trainable, 1) * 12,
         "tower_replicated": outside * number,
         "gathered": gathered * number if stage == 3 and ranks > 1 else 0,
-        "buckets": min(trainable, recipe.zero.reduce_bucket_size) * (4 if recipe.zero.communication_data_type == "fp32" else 2),
+        "buckets": min(trainable, recipe.zero.reduce_bucket_size)
+        * (4 if recipe.zero.communication_data_type == "fp32" else 2),
         "activations": kept + projector,
         "recomputed_layer": layer if recompute or not backward else 0,
         "loss": tokens * lm.vocab_size * (number + 4 + 4 + (number if number == 2 else 0)),
         "vision_activations": tower,
-    }  # fmt: skip
+    }
     return {**predicted, "total": sum(predicted.values())}

@@ -230,20 +230,29 @@ def _explain(error: ValidationError, tree: Value, plain: dict[str, Any], shown: 
         if (guess := _sure_guess(place, plain)) is not None
     }
     repaired = False
+    unions: set[Place] = set()
     for item in found:
         kind = item["type"]
         if item["loc"][-1:] == ("[key]",):  # the name of a source
-            bad_name = _line(tree, tuple(item["loc"][:-1]), shown, "is not a good name; use letters, digits, dash and underscore")
+            bad_name = _line(
+                tree, tuple(item["loc"][:-1]), shown, "is not a good name; use letters, digits, dash and underscore"
+            )
             _add(problems, bad_name)
             continue
         place = _place_in_schema(tuple(item["loc"]))
+        if place != tuple(item["loc"]):  # a branch of a union: one line for all of its branches
+            if place in unions:
+                continue
+            unions.add(place)
         if kind == "missing":
             if place in renamed or _preset_is_wrong(place, plain, found):
                 continue
             key = find_key(place)
             assert key is not None
             name = ".".join(map(str, place))
-            _add(problems, f"{_where(tree, place[:-1], shown)} {name}: is missing; give {_article(key.type)}: {key.doc}")
+            _add(
+                problems, f"{_where(tree, place[:-1], shown)} {name}: is missing; give {_article(key.kind)}: {key.doc}"
+            )
         elif kind == "extra_forbidden":
             _add(problems, _line(tree, place, shown, _unknown(place, plain)))
             guess = _sure_guess(place, plain)
@@ -256,7 +265,7 @@ def _explain(error: ValidationError, tree: Value, plain: dict[str, Any], shown: 
                 inner = (*place, *(name.split(".") if name else ()))
                 _add(problems, _line(tree, inner, shown, message, _value_at(item["input"], name)))
         else:
-            key = find_key(place)
+            key = find_key(place[:-1] if place and isinstance(place[-1], int) else place)  # an item is told by its list
             _add(problems, _line(tree, place, shown, _wrong_value(item, key, place)))
             if place and _has_default(place) and place[-1] != "preset":  # without it every size would be missing
                 _take(plain, place)
@@ -293,8 +302,8 @@ def _unknown(place: Place, plain: dict[str, Any]) -> str:
     if foreign is not None:
         return foreign
     if "." in name and name in keys:
-        nested = ": {".join(name.split(".")) + ": ...}" + "}" * (name.count(".") - 1)
-        return f"is not a key here: in a file keys are nested, only overrides have dots; write {nested}"
+        nested = ": {".join(name.split(".")) + ": ..." + "}" * name.count(".")
+        return f"is not a key here: in a file keys are nested, only overrides have dots; write `{nested}`"
     guesses = _same_level_guesses(place)
     if not guesses:
         last = {path: path.rsplit(".", 1)[-1] for path in keys}
@@ -349,24 +358,34 @@ def _preset_is_wrong(place: Place, plain: dict[str, Any], found: Sequence[Any]) 
 
 
 _EXPECTED = {
-    "int_type": "is not a whole number", "int_from_float": "is not a whole number", "int_parsing": "is not a whole number",
-    "float_type": "is not a number", "float_parsing": "is not a number", "bool_type": "is neither true nor false",
-    "bool_parsing": "is neither true nor false", "string_type": "is not a string", "list_type": "is not a list",
-    "dict_type": "is not a mapping of names", "model_type": "is not a section", "model_attributes_type": "is not a section",
+    "int_type": "is not a whole number",
+    "int_from_float": "is not a whole number",
+    "int_parsing": "is not a whole number",
+    "float_type": "is not a number",
+    "float_parsing": "is not a number",
+    "bool_type": "is neither true nor false",
+    "bool_parsing": "is neither true nor false",
+    "string_type": "is not a string",
+    "list_type": "is not a list",
+    "dict_type": "is not a mapping of names",
+    "model_type": "is not a section",
+    "model_attributes_type": "is not a section",
     "finite_number": "is not a finite number",
-}  # fmt: skip
+}
 _SIGNS = {
-    "greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "less than"), "less_than_equal": ("le", "at most"),
-}  # fmt: skip
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
 
 
 def _wrong_value(item: Any, key: Key | None, place: Place) -> str:
     """What is wrong with a value of a known key, and what would be right."""
     kind, value, ctx = item["type"], item["input"], item.get("ctx", {})
-    wanted = _article(key.type) if key is not None else "another value"
+    wanted = _article(key.kind) if key is not None else "another value"
     if key is not None and isinstance(place[-1], int):
-        wanted = _article(key.type.removeprefix("list of "))
+        wanted = _article(key.kind.removeprefix("list of "))
     if key is not None and key.named and place and find_key(place[:-1]) is key:
         return f"is not a section; give one{_inside_named(key)}"  # what stands behind a name
     if value is None and kind != "none_required":
@@ -390,7 +409,11 @@ def _wrong_value(item: Any, key: Key | None, place: Place) -> str:
 
 def _right_form(value: Any, kind: str) -> str | None:
     """How a value should have been written, where that can be told."""
-    if kind.startswith("bool") and isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "y", "n", "true", "false"):
+    if (
+        kind.startswith("bool")
+        and isinstance(value, str)
+        and value.lower() in ("yes", "no", "on", "off", "y", "n", "true", "false")
+    ):
         return f"YAML 1.2 has true and false only: write {'true' if value.lower() in ('yes', 'on', 'y', 'true') else 'false'}"
     if kind.startswith(("int", "float")) and isinstance(value, str):
         digits = value.replace("_", "").replace(",", "")
@@ -490,9 +513,14 @@ def _expand_paths(tree: Value, plain: dict[str, Any], problems: list[str]) -> No
         for variable in dict.fromkeys(_VARIABLE.findall(value)):
             if variable not in os.environ:
                 problems.append(
-                    _line(tree, place, "", f"names the environment variable {variable}, which is not set; "
-                          f"export {variable}=..., or write the path itself")
-                )  # fmt: skip
+                    _line(
+                        tree,
+                        place,
+                        "",
+                        f"names the environment variable {variable}, which is not set; "
+                        f"export {variable}=..., or write the path itself",
+                    )
+                )
         expanded = _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), value)
         return os.path.expanduser(expanded) if expanded.startswith("~") else expanded
 

@@ -83,7 +83,10 @@ def resolve(recipe: Recipe, world_size: int) -> Resolved:
         decay_steps=decay_steps,
         module_lr={module: getattr(recipe.optimizer.module_lr, module) or recipe.optimizer.lr for module in trained},
         batch=batch,
-        parameters={"total": counts, "trainable": {module: counts[module] if module in trained else 0 for module in MODULES}},
+        parameters={
+            "total": counts,
+            "trainable": {module: counts[module] if module in trained else 0 for module in MODULES},
+        },
         flops=count_flops(
             recipe.model, recipe.train, recipe.data.max_tokens_per_sample, recipe.activation_checkpointing == "full"
         ),
@@ -109,10 +112,16 @@ def batch_arithmetic(recipe: Recipe, world_size: int) -> BatchArithmetic:
     max_packs = math.ceil(samples / samples_per_pack)
     micro_steps = math.ceil(max_packs / slots)
     return BatchArithmetic(
-        samples=samples, world_size=world_size, micro_batch_size=micro, pack_tokens=recipe.data.pack_tokens,
-        slots_per_micro_step=slots, max_packs=max_packs, max_micro_steps=micro_steps,
-        max_null_share=1 - max_packs / (micro_steps * slots), max_tokens=samples * recipe.data.max_tokens_per_sample,
-    )  # fmt: skip
+        samples=samples,
+        world_size=world_size,
+        micro_batch_size=micro,
+        pack_tokens=recipe.data.pack_tokens,
+        slots_per_micro_step=slots,
+        max_packs=max_packs,
+        max_micro_steps=micro_steps,
+        max_null_share=1 - max_packs / (micro_steps * slots),
+        max_tokens=samples * recipe.data.max_tokens_per_sample,
+    )
 
 
 def _warnings(recipe: Recipe, batch: BatchArithmetic) -> tuple[str, ...]:
@@ -125,10 +134,12 @@ def _warnings(recipe: Recipe, batch: BatchArithmetic) -> tuple[str, ...]:
         warnings.append(
             f"global_batch.samples {batch.samples}: {batch.max_null_share:.0%} of the slots of a step hold null packs when "
             f"all samples are of full length ({batch.max_packs} packs in {batch.max_micro_steps} micro-steps of "
-            f"{batch.slots_per_micro_step}); {' or '.join(legal)} samples would fill {batch.world_size} ranks"
+            f"{batch.slots_per_micro_step}); {' or '.join(legal)} samples would fill them"
         )
     if warmup_steps(recipe) > recipe.max_steps:
-        warnings.append(f"schedule.warmup_steps {warmup_steps(recipe)}: the run ends in the warm-up, at step {recipe.max_steps}")
+        warnings.append(
+            f"schedule.warmup_steps {warmup_steps(recipe)}: the run ends in the warm-up, at step {recipe.max_steps}"
+        )
     return tuple(warnings)
 
 
@@ -206,7 +217,12 @@ def compare(old: dict[str, Any], new: Recipe) -> list[Difference]:
             key, resume = container
             differences.setdefault(
                 key,
-                Difference(key, "present" if _has_below(before, key) else None, "present" if _has_below(after, key) else None, resume),
+                Difference(
+                    key,
+                    "present" if _has_below(before, key) else None,
+                    "present" if _has_below(after, key) else None,
+                    resume,
+                ),
             )
         elif name in before and name in after:
             differences[name] = Difference(name, before[name], after[name], resume_of(name))
@@ -250,9 +266,13 @@ def _check_accept(accept: Sequence[str], recipe: Recipe) -> None:
         key = find_key(tuple(name.split(".")))
         if key is None:
             near = difflib.get_close_matches(name, [path for path, k in keys.items() if k.resume == "ask"], n=1)
-            problems.append(f"--accept {name}: is not a key of a recipe" + (f"; did you mean {near[0]}?" if near else
-                            "; `nvlm-train recipe keys` lists them"))  # fmt: skip
-        elif key.resume == "fixed" and not any(k.resume == "ask" for p, k in keys.items() if p.startswith(key.path + ".")):
+            problems.append(
+                f"--accept {name}: is not a key of a recipe"
+                + (f"; did you mean {near[0]}?" if near else "; `nvlm-train recipe keys` lists them")
+            )
+        elif key.resume == "fixed" and not any(
+            k.resume == "ask" for p, k in keys.items() if p.startswith(key.path + ".")
+        ):
             problems.append(f"--accept {name}: this key is fixed for the life of a run; use an output_dir of its own")
     if problems:
         raise RecipeError("\n".join(problems))

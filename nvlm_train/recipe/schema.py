@@ -22,7 +22,7 @@ Resume = Literal["free", "ask", "fixed"]
 
 def key(default: Any = ..., *, doc: str, resume: Resume = "fixed", path: bool = False, **limits: Any) -> Any:
     """A recipe key. `doc` is its one documentation; `path` keys expand `~` and `${VAR}`; `limits` are pydantic's."""
-    extra = {"resume": resume, "path": path}
+    extra: Any = {"resume": resume, "path": path}
     return Field(default, description=doc, json_schema_extra=extra, **limits)
 
 
@@ -107,7 +107,9 @@ class Vision(Section):
     hidden_size: int = key(doc="Width E of the tower.", gt=0)
     intermediate_size: int = key(doc="Width of its feed-forward layers.", gt=0)
     num_hidden_layers: int = key(doc="Number of transformer layers; all are used.", gt=0)
-    num_attention_heads: int = key(doc="Number of real attention heads (25 for the 6B tower, padding not counted).", gt=0)
+    num_attention_heads: int = key(
+        doc="Number of real attention heads (25 for the 6B tower, padding not counted).", gt=0
+    )
     image_size: int = key(doc="Edge of a tile in pixels.", gt=0)
     patch_size: int = key(doc="Edge of a patch in pixels.", gt=0)
     layer_norm_eps: Number = key(1e-6, doc="Epsilon of the tower's RMSNorms.", gt=0)
@@ -117,14 +119,20 @@ class Vision(Section):
         problems = []
         if self.hidden_size % self.num_attention_heads:
             problems.append(
-                ("hidden_size", f"is not a multiple of num_attention_heads {self.num_attention_heads}; "
-                 + nearest_multiples(self.hidden_size, self.num_attention_heads))
-            )  # fmt: skip
+                (
+                    "hidden_size",
+                    f"is not a multiple of num_attention_heads {self.num_attention_heads}; "
+                    + nearest_multiples(self.hidden_size, self.num_attention_heads),
+                )
+            )
         if self.image_size % (2 * self.patch_size):
             problems.append(
-                ("image_size", f"is not a multiple of 2 x patch_size {self.patch_size} (the pixel shuffle joins patches "
-                 "two by two); " + nearest_multiples(self.image_size, 2 * self.patch_size))
-            )  # fmt: skip
+                (
+                    "image_size",
+                    f"is not a multiple of 2 x patch_size {self.patch_size} (the pixel shuffle joins patches "
+                    "two by two); " + nearest_multiples(self.image_size, 2 * self.patch_size),
+                )
+            )
         if problems:
             raise Misfit(problems)
         return self
@@ -145,8 +153,8 @@ class LanguageModel(Section):
     shorthand = "preset"
     presets: ClassVar[dict[str, dict[str, Any]]] = LANGUAGE_MODEL_PRESETS
 
-    preset: Literal["qwen2_0_5b_instruct", "qwen2_1_5b_instruct", "qwen2_7b_instruct", "qwen2_72b_instruct"] | None = key(
-        None, doc="Sizes of a published decoder; single sizes given beside it win.", resume="free"
+    preset: Literal["qwen2_0_5b_instruct", "qwen2_1_5b_instruct", "qwen2_7b_instruct", "qwen2_72b_instruct"] | None = (
+        key(None, doc="Sizes of a published decoder; single sizes given beside it win.", resume="free")
     )
     hidden_size: int = key(doc="Width D of the decoder.", gt=0)
     intermediate_size: int = key(doc="Width F of its feed-forward layers; also the projector's hidden width.", gt=0)
@@ -165,20 +173,27 @@ class LanguageModel(Section):
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads:
             problems.append(
-                ("hidden_size", f"is not a multiple of num_attention_heads {heads}; "
-                 + nearest_multiples(self.hidden_size, heads))
-            )  # fmt: skip
+                (
+                    "hidden_size",
+                    f"is not a multiple of num_attention_heads {heads}; " + nearest_multiples(self.hidden_size, heads),
+                )
+            )
         elif (self.hidden_size // heads) % 2:
             problems.append(
-                ("hidden_size", f"gives a head size of {self.hidden_size // heads}, which is odd, but rotary positions turn "
-                 "pairs of channels; " + nearest_multiples(self.hidden_size, 2 * heads))
-            )  # fmt: skip
+                (
+                    "hidden_size",
+                    f"gives a head size of {self.hidden_size // heads}, which is odd, but rotary positions turn "
+                    "pairs of channels; " + nearest_multiples(self.hidden_size, 2 * heads),
+                )
+            )
         if heads % groups:
             divisors = [n for n in range(1, heads + 1) if heads % n == 0]
             problems.append(
-                ("num_key_value_heads", f"does not divide num_attention_heads {heads}; use one of "
-                 + ", ".join(map(str, divisors)))
-            )  # fmt: skip
+                (
+                    "num_key_value_heads",
+                    f"does not divide num_attention_heads {heads}; use one of " + ", ".join(map(str, divisors)),
+                )
+            )
         if problems:
             raise Misfit(problems)
         return self
@@ -188,7 +203,9 @@ class Model(Section):
     """The architecture and its sizes. Weights come from `init_from`."""
 
     architecture: Literal["nvlm_d"] = key("nvlm_d", doc="nvlm_d: all image tokens enter the decoder's sequence.")
-    vision: Annotated[Vision, _fill_from_preset(VISION_PRESETS)] = key(doc="Vision tower: a preset's name or its sizes.")
+    vision: Annotated[Vision, _fill_from_preset(VISION_PRESETS)] = key(
+        doc="Vision tower: a preset's name or its sizes."
+    )
     projector: Projector = key(Projector(), doc="Projector between tower and decoder.")
     language_model: Annotated[LanguageModel, _fill_from_preset(LANGUAGE_MODEL_PRESETS)] = key(
         doc="Decoder: a preset's name or its sizes."
@@ -215,10 +232,12 @@ WeightsOrPath = Annotated[Weights, BeforeValidator(_path_alone)]
 class InitFrom(Section):
     """Where a new run's weights come from. What nothing covers is initialised from the seed and listed."""
 
-    vision: WeightsOrPath | None = key(None, doc="InternViT folder (config.json and safetensors).")
-    language_model: WeightsOrPath | None = key(None, doc="Qwen2 folder (config.json and safetensors).")
+    vision: WeightsOrPath | None = key(None, doc="InternViT folder (config.json and safetensors).", resume="free")
+    language_model: WeightsOrPath | None = key(None, doc="Qwen2 folder (config.json and safetensors).", resume="free")
     run: WeightsOrPath | None = key(
-        None, doc="Run directory or RUN/step_N of ours: its trained modules replace those of the folders above."
+        None,
+        doc="Run directory or RUN/step_N of ours: its trained modules replace those of the folders above.",
+        resume="free",
     )
 
 
@@ -229,7 +248,9 @@ class Tokenizer(Section):
     """Tokenizer and chat format."""
 
     path: str = key(
-        doc="Folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json.", path=True, resume="free"
+        doc="Folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json.",
+        path=True,
+        resume="free",
     )
     template: Literal["nvlm_qwen2", "hf_nvlm"] = key(
         "nvlm_qwen2",
@@ -239,7 +260,7 @@ class Tokenizer(Section):
     )
     system: str | None = key(
         None,
-        doc="System text put before a sample that brings none. The released SFT uses 'Answer the questions.'",
+        doc="System text put before a sample that brings none. The released SFT has: Answer the questions.",
         resume="ask",
     )
 
@@ -247,17 +268,22 @@ class Tokenizer(Section):
 class Tiling(Section):
     """Dynamic high-resolution tiling (paper section 4.1): the grid nearest in aspect, plus a thumbnail."""
 
-    max_tiles: int = key(6, doc="Largest number of tiles an image is cut into, thumbnail not counted; 1: no tiling.", ge=1, le=12)
+    max_tiles: int = key(
+        6, doc="Largest number of tiles an image is cut into, thumbnail not counted; 1: no tiling.", ge=1, le=12
+    )
     thumbnail: bool = key(True, doc="Whether an image of more than one tile is followed by a thumbnail of the whole.")
     tags: Literal["one_d", "none"] = key(
-        "one_d", doc="one_d: <tile_k> before each tile, <tile_global_thumbnail> before the last. none: image tokens only."
+        "one_d",
+        doc="one_d: <tile_k> before each tile, <tile_global_thumbnail> before the last. none: image tokens only.",
     )
 
 
 class Source(Section):
     """One source of the mixture: a file of conversations."""
 
-    kind: Literal["jsonl"] = key("jsonl", doc="jsonl: one sample a line, with `messages` or `conversations`.", resume="ask")
+    kind: Literal["jsonl"] = key(
+        "jsonl", doc="jsonl: one sample a line, with `messages` or `conversations`.", resume="ask"
+    )
     path: str = key(doc="The file.", path=True, resume="free")
     image_root: str | None = key(
         None, doc="Folder that image paths are relative to; default: the file's own folder.", path=True, resume="free"
@@ -281,7 +307,11 @@ class Data(Section):
         resume="ask",
     )
     max_bad_share: Number = key(
-        0.01, doc="Unusable samples are dropped and counted; above this share of a source the run stops.", ge=0, le=1, resume="free"
+        0.01,
+        doc="Unusable samples are dropped and counted; above this share of a source the run stops.",
+        ge=0,
+        le=1,
+        resume="free",
     )
     num_threads: int = key(2, doc="Threads per rank that decode images and build packs.", ge=1, resume="free")
     prefetch_steps: int = key(2, doc="Whole steps prepared ahead of the one in training.", ge=1, resume="free")
@@ -292,10 +322,15 @@ class Data(Section):
     @model_validator(mode="after")
     def _sample_fits_pack(self) -> Data:
         if self.max_tokens_per_sample > self.pack_tokens:
-            raise Misfit([(
-                "max_tokens_per_sample", f"is more than pack_tokens {self.pack_tokens}: the longest sample must fit into "
-                f"a pack; use at most {self.pack_tokens}, or raise pack_tokens"
-            )])  # fmt: skip
+            raise Misfit(
+                [
+                    (
+                        "max_tokens_per_sample",
+                        f"is more than pack_tokens {self.pack_tokens}: the longest sample must fit into "
+                        f"a pack; use at most {self.pack_tokens}, or raise pack_tokens",
+                    )
+                ]
+            )
         return self
 
 
@@ -314,8 +349,15 @@ class Train(Section):
     @model_validator(mode="after")
     def _something_is_trained(self) -> Train:
         if "full" not in (self.vision, self.projector, self.language_model):
-            raise Misfit([("", "freezes every module, so nothing would be trained; set one of vision, projector, "
-                           "language_model to full")])  # fmt: skip
+            raise Misfit(
+                [
+                    (
+                        "",
+                        "freezes every module, so nothing would be trained; set one of vision, projector, "
+                        "language_model to full",
+                    )
+                ]
+            )
         return self
 
 
@@ -351,7 +393,9 @@ class Schedule(Section):
     warmup_steps: int | float = key(
         0, doc="Steps of linear warm-up from 0; a number below 1 is a share of max_steps.", ge=0, resume="ask"
     )
-    min_lr: Number = key(0.0, doc="Where cosine ends, for `optimizer.lr`; other groups end at the same share.", ge=0, resume="ask")
+    min_lr: Number = key(
+        0.0, doc="Where cosine ends, for `optimizer.lr`; other groups end at the same share.", ge=0, resume="ask"
+    )
     decay_steps: int | None = key(
         None, doc="Step at which min_lr is reached, warm-up included; default: max_steps.", gt=0, resume="ask"
     )
@@ -364,28 +408,46 @@ class Schedule(Section):
     @model_validator(mode="after")
     def _warmup_is_a_count_or_a_share(self) -> Schedule:
         if isinstance(self.warmup_steps, float) and self.warmup_steps >= 1:
-            raise Misfit([("warmup_steps", "is neither a whole number of steps nor a share below 1; "
-                           f"use {round(self.warmup_steps)}")])  # fmt: skip
+            raise Misfit(
+                [
+                    (
+                        "warmup_steps",
+                        f"is neither a whole number of steps nor a share below 1; use {round(self.warmup_steps)}",
+                    )
+                ]
+            )
         return self
 
 
 class Zero(Section):
     """DeepSpeed ZeRO. The DeepSpeed configuration follows from the recipe; `recipe show` prints it."""
 
-    stage: Literal[0, 1, 2, 3] = key(3, doc="0 replicates all; 1 shards optimizer states, 2 gradients too, 3 weights too.", resume="free")
+    stage: Literal[0, 1, 2, 3] = key(
+        3, doc="0 replicates all; 1 shards optimizer states, 2 gradients too, 3 weights too.", resume="free"
+    )
     reduce_bucket_size: int = key(500_000_000, doc="Elements reduced at once.", gt=0, resume="free")
     prefetch_bucket_size: int = key(50_000_000, doc="Elements gathered ahead (stage 3).", ge=0, resume="free")
-    param_persistence_threshold: int = key(100_000, doc="Parameters smaller than this stay gathered (stage 3).", ge=0, resume="free")
-    max_live_parameters: int = key(1_000_000_000, doc="Elements gathered at the same time (stage 3).", ge=0, resume="free")
-    max_reuse_distance: int = key(1_000_000_000, doc="Keep a parameter that is used again within so many elements (stage 3).", ge=0, resume="free")
-    communication_data_type: Literal["fp32", "bf16"] = key("fp32", doc="Type in which gradients are reduced.", resume="fixed")
+    param_persistence_threshold: int = key(
+        100_000, doc="Parameters smaller than this stay gathered (stage 3).", ge=0, resume="free"
+    )
+    max_live_parameters: int = key(
+        1_000_000_000, doc="Elements gathered at the same time (stage 3).", ge=0, resume="free"
+    )
+    max_reuse_distance: int = key(
+        1_000_000_000, doc="Keep a parameter that is used again within so many elements (stage 3).", ge=0, resume="free"
+    )
+    communication_data_type: Literal["fp32", "bf16"] = key(
+        "fp32", doc="Type in which gradients are reduced.", resume="fixed"
+    )
 
 
 class Checkpoint(Section):
     """When the run is saved and what is kept."""
 
     every_steps: int = key(500, doc="Steps between checkpoints; the last step is always saved.", gt=0, resume="free")
-    keep_last: int = key(2, doc="Newest checkpoints kept; the best one of validation is kept besides.", ge=1, resume="free")
+    keep_last: int = key(
+        2, doc="Newest checkpoints kept; the best one of validation is kept besides.", ge=1, resume="free"
+    )
     signal: Literal["USR1", "USR2"] = key(
         "USR2", doc="Signal that means: finish the step, save, exit 0 (SIGTERM and SIGINT always do).", resume="free"
     )
@@ -400,16 +462,26 @@ class EarlyStop(Section):
 class Validation(Section):
     """Held-out loss. Changes nothing in training but where `early_stop` ends it."""
 
-    every_steps: int = key(500, doc="Steps between validations; the last step is always validated.", gt=0, resume="free")
+    every_steps: int = key(
+        500, doc="Steps between validations; the last step is always validated.", gt=0, resume="free"
+    )
     sources: dict[Name, Source] = key({}, doc="Sources of their own, by name.", resume="free")
     held_out_share: Number = key(
-        0.0, doc="Share of every source of the mixture kept out of training, chosen by a hash of the sample.", ge=0, lt=1, resume="fixed"
+        0.0,
+        doc="Share of every source of the mixture kept out of training, chosen by a hash of the sample.",
+        ge=0,
+        lt=1,
+        resume="fixed",
     )
     max_samples: int = key(512, doc="Samples used per source, the first in file order.", gt=0, resume="free")
     best: str | None = key(
-        None, doc="Source whose loss marks the best checkpoint; default: the mean over all trained tokens.", resume="free"
+        None,
+        doc="Source whose loss marks the best checkpoint; default: the mean over all trained tokens.",
+        resume="free",
     )
-    early_stop: EarlyStop | None = key(None, doc="Stop when the loss that marks the best no longer improves.", resume="ask")
+    early_stop: EarlyStop | None = key(
+        None, doc="Stop when the loss that marks the best no longer improves.", resume="ask"
+    )
 
 
 class Log(Section):
@@ -444,7 +516,9 @@ class Recipe(Section):
     vision_tiles_per_chunk: int = key(
         16, doc="Tiles that go through the tower at once, so that memory does not grow with tiles.", gt=0, resume="free"
     )
-    kernels: Literal["auto", "torch"] = key("auto", doc="auto: the fastest that runs here. torch: plain PyTorch.", resume="free")
+    kernels: Literal["auto", "torch"] = key(
+        "auto", doc="auto: the fastest that runs here. torch: plain PyTorch.", resume="free"
+    )
     zero: Zero = key(Zero(), doc="DeepSpeed ZeRO.", resume="free")
     checkpoint: Checkpoint = key(Checkpoint(), doc="Saving.", resume="free")
     validation: Validation | None = key(None, doc="Held-out loss; absent: none.", resume="free")
@@ -456,35 +530,46 @@ class Recipe(Section):
         longest = self.model.language_model.max_position_embeddings
         if self.data.max_tokens_per_sample > longest:
             problems.append(
-                ("data.max_tokens_per_sample", f"is more than model.language_model.max_position_embeddings {longest}; "
-                 f"use at most {longest}")
-            )  # fmt: skip
+                (
+                    "data.max_tokens_per_sample",
+                    f"is more than model.language_model.max_position_embeddings {longest}; use at most {longest}",
+                )
+            )
         if self.schedule.min_lr > self.optimizer.lr:
             problems.append(
-                ("schedule.min_lr", f"is above optimizer.lr {self.optimizer.lr}; use a value from 0 to {self.optimizer.lr}")
+                (
+                    "schedule.min_lr",
+                    f"is above optimizer.lr {self.optimizer.lr}; use a value from 0 to {self.optimizer.lr}",
+                )
             )
         for module, lr in self.optimizer.module_lr:
             if lr is not None and getattr(self.train, module) == "frozen":
                 problems.append(
-                    (f"optimizer.module_lr.{module}", f"has no effect, because train.{module} is frozen; "
-                     f"remove it, or set train.{module}: full")
-                )  # fmt: skip
-        if isinstance(self.schedule.warmup_steps, int) and self.schedule.warmup_steps > 0:
-            end = self.schedule.decay_steps or self.max_steps
-            if self.schedule.warmup_steps > end:
-                name = "schedule.decay_steps" if self.schedule.decay_steps else "max_steps"
-                problems.append(("schedule.warmup_steps", f"is more than {name} {end}; use at most {end}, or a share below 1"))
+                    (
+                        f"optimizer.module_lr.{module}",
+                        f"has no effect, because train.{module} is frozen; remove it, or set train.{module}: full",
+                    )
+                )
+        warmup, end = self.schedule.warmup_steps, self.schedule.decay_steps
+        if isinstance(warmup, int) and end is not None and warmup > end:
+            problems.append(("schedule.warmup_steps", f"is more than schedule.decay_steps {end}; use at most {end}"))
         if self.validation is not None:
             for name in sorted(set(self.validation.sources) & set(self.data.mixture)):
                 problems.append(
-                    (f"validation.sources.{name}", "is the name of a source of data.mixture too; give it a name of its own")
+                    (
+                        f"validation.sources.{name}",
+                        "is the name of a source of data.mixture too; give it a name of its own",
+                    )
                 )
             known = [*self.validation.sources, *(self.data.mixture if self.validation.held_out_share else ())]
             if self.validation.best is not None and self.validation.best not in known:
                 problems.append(
-                    ("validation.best", "is not the name of a validated source; "
-                     + (f"use one of {', '.join(known)}" if known else "nothing is validated by this recipe"))
-                )  # fmt: skip
+                    (
+                        "validation.best",
+                        "is not the name of a validated source; "
+                        + (f"use one of {', '.join(known)}" if known else "nothing is validated by this recipe"),
+                    )
+                )
         if problems:
             raise Misfit(problems)
         return self
@@ -497,7 +582,7 @@ class Key(NamedTuple):
     """One key of a recipe, as `recipe keys` lists it. A name the user chooses is `*`: data.mixture.*.path."""
 
     path: str
-    type: str
+    kind: str  # the type in a user's words
     default: Any  # REQUIRED where the recipe must give it
     doc: str
     resume: Resume
@@ -522,9 +607,16 @@ def all_keys(section: type[Section] | None = None, prefix: str = "") -> dict[str
         default = REQUIRED if field.is_required() else field.get_default()
         resume: Any = extra["resume"]
         keys[path] = Key(
-            path, type_text(field.annotation, field.metadata), default, field.description or "", resume,
-            bool(extra["path"]), nullable, inner, named,
-        )  # fmt: skip
+            path,
+            type_text(field.annotation, field.metadata),
+            default,
+            field.description or "",
+            resume,
+            bool(extra["path"]),
+            nullable,
+            inner,
+            named,
+        )
         if inner is not None:
             keys.update(all_keys(inner, f"{path}.*." if named else f"{path}."))
     return keys
@@ -568,7 +660,12 @@ def type_text(annotation: Any, metadata: Any = ()) -> str:
 
 def _limits(metadata: Any) -> str:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    found = [f"{sign} {getattr(m, attribute)}" for m in metadata for attribute, sign in signs.items() if hasattr(m, attribute)]
+    found = [
+        f"{sign} {getattr(m, attribute)}"
+        for m in metadata
+        for attribute, sign in signs.items()
+        if hasattr(m, attribute)
+    ]
     return (" " + " and ".join(found)) if found else ""
 
 

@@ -27,7 +27,14 @@ def check_command(args: Namespace) -> int:
         _print_json({"ok": False, "problems": str(error).splitlines()})
         return 2
     if args.json:
-        _print_json({"ok": True, "recipe_hash": resolved.recipe_hash, "parameters": resolved.parameters, "warnings": resolved.warnings})
+        _print_json(
+            {
+                "ok": True,
+                "recipe_hash": resolved.recipe_hash,
+                "parameters": resolved.parameters,
+                "warnings": resolved.warnings,
+            }
+        )
         return 0
     total, trained = (sum(resolved.parameters[kind].values()) for kind in ("total", "trainable"))
     recipe = resolved.recipe
@@ -47,10 +54,15 @@ def show_command(args: Namespace) -> int:
     values = flatten(recipe_to_dict(loaded.recipe))
     origins = {name: str(loaded.origins.get(name, "default")) for name in values}
     if args.json:
-        _print_json({
-            "values": {name: {"value": value, "origin": origins[name], "resume": resume_of(name)} for name, value in values.items()},
-            **figures(resolved),
-        })  # fmt: skip
+        _print_json(
+            {
+                "values": {
+                    name: {"value": value, "origin": origins[name], "resume": resume_of(name)}
+                    for name, value in values.items()
+                },
+                **figures(resolved),
+            }
+        )
         return 0
     width = max(map(len, values))
     shown = {name: describe_yaml(value) for name, value in values.items()}
@@ -113,9 +125,15 @@ def explain(resolved: Resolved) -> list[str]:
         "",
         "memory per rank, predicted (without allocator slack, CUDA context and NCCL buffers)",
     ]
-    lines += [f"  {kind.replace('_', ' '):<20}{_bytes(size):>12}" for kind, size in memory.items() if size and kind != "total"]
+    lines += [
+        f"  {kind.replace('_', ' '):<20}{_bytes(size):>12}" for kind, size in memory.items() if size and kind != "total"
+    ]
     lines.append(f"  {'sum':<20}{_bytes(memory['total']):>12}")
-    lines += ["", "DeepSpeed configuration", *("  " + line for line in json.dumps(resolved.deepspeed, indent=2).splitlines())]
+    lines += [
+        "",
+        "DeepSpeed configuration",
+        *("  " + line for line in json.dumps(resolved.deepspeed, indent=2).splitlines()),
+    ]
     lines += [f"warning: {warning}" for warning in resolved.warnings]
     return lines
 
@@ -159,15 +177,24 @@ def keys_command(args: Namespace) -> int:
     if not chosen:
         raise RecipeError(f"recipe keys: no key begins with {args.prefix!r}; `nvlm-train recipe keys` lists all")
     if args.json:
-        _print_json([
-            {"key": key.path, "type": key.type, "default": _default(key.default), "resume": key.resume, "path": key.is_path, "doc": key.doc}
-            for key in chosen
-        ])  # fmt: skip
+        _print_json(
+            [
+                {
+                    "key": key.path,
+                    "type": key.kind,
+                    "default": _default(key.default),
+                    "resume": key.resume,
+                    "path": key.is_path,
+                    "doc": key.doc,
+                }
+                for key in chosen
+            ]
+        )
         return 0
     for key in chosen:
         default = "" if key.section is not None else f", default {describe_yaml(_default(key.default))}"
         default = ", required" if key.default == "required" else default
-        print(f"{key.path}  ({key.type}{default}, {key.resume})\n    {key.doc}")
+        print(f"{key.path}  ({key.kind}{default}, {key.resume})\n    {key.doc}")
     return 0
 
 
@@ -184,7 +211,10 @@ def json_schema() -> dict[str, Any]:
     """
     schema: dict[str, Any] = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["properties"]["extends"] = {"type": "string", "description": "A recipe that this one is laid over, relative to this file."}
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "A recipe that this one is laid over, relative to this file.",
+    }
     for part in (schema, *schema["$defs"].values()):
         part.pop("required", None)
     for name, section in _sections(Recipe).items():

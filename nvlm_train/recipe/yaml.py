@@ -102,25 +102,25 @@ def scalar(text: str) -> Any:
 
 class _TagsRefused(Composer):
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         tag = getattr(event, "tag", None)
         if tag is not None:
             raise yaml.MarkedYAMLError(
                 problem=f"the tag {tag!r} is refused: a recipe holds plain values only; remove the tag",
                 problem_mark=event.start_mark,
             )
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
 
 
 class _Loader(Reader, Scanner, Parser, _TagsRefused, BaseResolver):
     """Text to node graph without any implicit meaning: every untagged scalar stays text."""
 
     def __init__(self, text: str) -> None:
-        Reader.__init__(self, text)  # type: ignore[no-untyped-call]
-        Scanner.__init__(self)  # type: ignore[no-untyped-call]
-        Parser.__init__(self)  # type: ignore[no-untyped-call]
-        _TagsRefused.__init__(self)  # type: ignore[no-untyped-call]
-        BaseResolver.__init__(self)  # type: ignore[no-untyped-call]
+        Reader.__init__(self, text)
+        Scanner.__init__(self)
+        Parser.__init__(self)
+        _TagsRefused.__init__(self)
+        BaseResolver.__init__(self)
 
 
 def read_yaml(path: str | Path, kind: str = "file") -> Value:
@@ -150,10 +150,12 @@ def read_yaml(path: str | Path, kind: str = "file") -> Value:
 def parse_yaml(text: str, origin: Callable[[int], Origin]) -> Value:
     """A YAML text as Values; `origin(line)` makes the origin of a line, counted from 1."""
     try:
-        node = _Loader(text).get_single_node()  # type: ignore[no-untyped-call]
+        node = _Loader(text).get_single_node()
     except ReaderError as error:
         line = text.count("\n", 0, error.position if isinstance(error.position, int) else 0) + 1
-        raise RecipeError(f"{origin(line).place}: holds the character {error.character!r}, which YAML does not allow") from None
+        raise RecipeError(
+            f"{origin(line).place}: holds the character {error.character!r}, which YAML does not allow"
+        ) from None
     except yaml.MarkedYAMLError as error:
         raise RecipeError(_syntax_error(error, origin)) from None
     except RecursionError:
@@ -186,9 +188,13 @@ def _syntax_error(error: yaml.MarkedYAMLError, origin: Callable[[int], Origin]) 
 
 
 def _build(
-    node: yaml.Node, line: int, origin: Callable[[int], Origin], problems: list[str], counter: Iterator[int],
+    node: yaml.Node,
+    line: int,
+    origin: Callable[[int], Origin],
+    problems: list[str],
+    counter: Iterator[int],
     above: tuple[int, ...],
-) -> Value:  # fmt: skip
+) -> Value:
     here = origin(line)
     if next(counter, None) is None:
         raise RecipeError(f"{here.place}: the anchors expand to more than {_MOST_VALUES} values; a recipe is small")

@@ -1,0 +1,328 @@
+"""What a recipe means on ranks: hash, batch arithmetic, schedule, DeepSpeed's configuration, memory; and resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from recipe_files import BASE, write
+
+from nvlm_train.engine.deepspeed_config import deepspeed_config
+from nvlm_train.engine.memory import KINDS, predict_memory
+from nvlm_train.errors import RecipeError
+from nvlm_train.recipe.load import load_recipe
+from nvlm_train.recipe.resolve import (
+    check_resume,
+    compare,
+    lr_factor,
+    recipe_hash,
+    recipe_to_dict,
+    resolve,
+    warmup_steps,
+)
+from nvlm_train.recipe.schema import Recipe, all_keys
+
+
+@pytest.fixture
+def load(tmp_path):
+    path = write(tmp_path)
+    return lambda *overrides: load_recipe(path, overrides).recipe
+
+
+# ---------------------------------------------------------------------------------------------------------------- hash
+
+
+def test_recipes_that_differ_in_nothing_have_one_hash(tmp_path, load):
+    reordered = write(
+        tmp_path,
+        "seed: 1234\nvalidation: {}\nschedule: {name: cosine, warmup_steps: 0.0}\n"
+        + BASE.replace("lr: 1e-3", "lr: 0.001\n  betas: [.9, 0.950]"),
+        "other.yaml",
+    )
+    assert recipe_hash(load_recipe(reordered).recipe) == recipe_hash(load())
+
+
+def test_a_preset_hashes_as_its_sizes(load):
+    sizes = (
+        "hidden_size=3584",
+        "intermediate_size=18944",
+        "num_hidden_layers=28",
+        "num_attention_heads=28",
+        "num_key_value_heads=4",
+        "vocab_size=152064",
+    )
+    spelt = load(*(f"model.language_model.{size}" for size in sizes))
+    assert recipe_hash(spelt) == recipe_hash(load("model.language_model=qwen2_7b_instruct"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "micro_batch_size=4",
+        "output_dir=x",
+        "zero.stage=1",
+        "log.every_steps=7",
+        "data.mixture.text.path=y",
+        "checkpoint.keep_last=9",
+        "init_from.vision=x",
+        "validation={max_samples: 3}",
+    ],
+)
+def test_free_keys_are_not_in_the_hash(load, override):
+    assert recipe_hash(load(override)) == recipe_hash(load())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "optimizer.lr=2e-3",
+        "max_steps=101",
+        "data.mixture.text.weight=2",
+        "precision=fp32",
+        "data.mixture.new.path=x",
+        "validation.held_out_share=0.1",
+        "data.tiling.tags=none",
+        "model.language_model.rope_theta=1",
+    ],
+)
+def test_every_other_key_is_in_the_hash(load, override):
+    assert recipe_hash(load(override)) != recipe_hash(load())
+
+
+def test_the_hash_survives_json_and_python_versions(load):
+    recipe = load()
+    assert Recipe.model_validate(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
+    # a golden value: a change here means that running runs would be refused
+    assert recipe_hash(recipe) == "53c9bba768a8558c"
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_only_free_differences_pass(load):
+    found = check_resume(recipe_to_dict(load()), load("micro_batch_size=2", "log.every_steps=5"))
+    assert {(item.key, item.old, item.new, item.resume) for item in found} == {
+        ("micro_batch_size", 1, 2, "free"),
+        ("log.every_steps", 1, 5, "free"),
+    }
+
+
+def test_ask_needs_accept_and_sections_count(load):
+    saved = recipe_to_dict(load())
+    changed = load("max_steps=200", "data.mixture.text.weight=2")
+    with pytest.raises(RecipeError) as caught:
+        check_resume(saved, changed, ["max_steps"])
+    assert str(caught.value) == (
+        "runs/small: holds a run of another recipe\n"
+        "  data.mixture.text.weight: 1.0 -> 2.0 (ask)\n"
+        "ask keys may change when you mean it: --accept data.mixture.text.weight"
+    )
+    assert len(check_resume(saved, changed, ["max_steps", "data.mixture"])) == 2
+
+
+def test_fixed_is_refused_with_the_whole_diff(load):
+    with pytest.raises(RecipeError) as caught:
+        check_resume(recipe_to_dict(load()), load("seed=1", "max_steps=5", "output_dir=here"), ["max_steps"])
+    assert str(caught.value) == (
+        "here: holds a run of another recipe\n"
+        "  seed: 1234 -> 1 (fixed)\n"
+        "fixed keys decide what is learned: set them back, or give this recipe an output_dir of its own"
+    )
+
+
+def test_a_source_more_or_less_is_asked_for_once(load):
+    more = load("data.mixture.new={path: x, weight: 2}")
+    (difference,) = compare(recipe_to_dict(load()), more)
+    assert (difference.key, difference.old, difference.new, difference.resume) == (
+        "data.mixture.new",
+        None,
+        "present",
+        "ask",
+    )
+    (difference,) = compare(recipe_to_dict(more), load())
+    assert (difference.old, difference.new) == ("present", None)
+
+
+def test_validation_may_be_added_but_not_its_held_out_share(load):
+    saved = recipe_to_dict(load())
+    assert {
+        item.resume for item in check_resume(saved, load("validation={every_steps: 5, sources: {v: {path: x}}}"))
+    } == {"free"}
+    with pytest.raises(RecipeError, match=r"validation.held_out_share: 0.0 -> 0.1 \(fixed\)"):
+        check_resume(saved, load("validation.held_out_share=0.1"))
+    with pytest.raises(RecipeError, match=r"--accept validation\.early_stop"):
+        check_resume(saved, load("validation.early_stop.patience=3"))
+
+
+def test_a_key_the_saved_recipe_does_not_know_counts_as_its_default(load):
+    saved = recipe_to_dict(load())
+    del saved["seed"], saved["optimizer"]["eps"], saved["schedule"]
+    assert compare(saved, load()) == []
+    assert [item.key for item in compare(saved, load("optimizer.eps=1e-6"))] == ["optimizer.eps"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("max_step", "--accept max_step: is not a key of a recipe; did you mean max_steps?"),
+        ("seed", "--accept seed: this key is fixed for the life of a run; use an output_dir of its own"),
+    ],
+)
+def test_accept_of_what_cannot_be_accepted(load, name, message):
+    with pytest.raises(RecipeError) as caught:
+        check_resume(recipe_to_dict(load()), load(), [name])
+    assert str(caught.value) == message
+
+
+def test_every_key_says_what_a_resume_may_do():
+    assert {key.resume for key in all_keys().values()} == {"free", "ask", "fixed"}
+    assert all(key.doc.endswith((".", "?")) for key in all_keys().values())
+
+
+# --------------------------------------------------------------------------------------------------------------- batch
+
+
+def test_batch_arithmetic_by_hand(load):
+    # 32 samples of at most 128 tokens, 4 of them in a pack of 512: 8 packs; 3 ranks x 2: 6 slots, so 2 micro-steps, 4 null
+    batch = resolve(load("micro_batch_size=2"), 3).batch
+    assert (batch.max_packs, batch.slots_per_micro_step, batch.max_micro_steps) == (8, 6, 2)
+    assert batch.max_null_share == pytest.approx(4 / 12)
+    (warning,) = resolve(load("micro_batch_size=2"), 3).warnings
+    assert "33% of the slots" in warning and "24 or 48 samples would fill them" in warning
+    assert resolve(load(), 8).warnings == ()
+
+
+def test_fewer_samples_than_ranks_is_refused_with_what_would_do(load):
+    with pytest.raises(RecipeError) as caught:
+        resolve(load(), 40)
+    assert str(caught.value) == (
+        "global_batch.samples: 32 cannot fill 40 ranks: a rank needs a sample in each step, and 8 would never have one; use "
+        "global_batch.samples=40 or more, or start on 32 ranks or fewer"
+    )
+    assert resolve(load(), 32).batch.max_micro_steps == 1
+
+
+def test_a_run_that_ends_in_the_warmup_is_warned_of(load):
+    assert resolve(load("schedule.warmup_steps=200"), 1).warnings == (
+        "schedule.warmup_steps 200: the run ends in the warm-up, at step 100",
+    )
+
+
+def test_module_learning_rates_name_trained_modules_only(load):
+    assert resolve(load("optimizer.module_lr.projector=5e-3"), 1).module_lr == {
+        "projector": 5e-3,
+        "language_model": 1e-3,
+    }
+    assert resolve(load("train.language_model=frozen"), 1).module_lr == {"projector": 1e-3}
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
+def test_learning_rate_factors_by_hand():
+    found = [lr_factor(step, 2, 6, "cosine", 0.1) for step in range(8)]
+    # after the warm-up (1 + cos(pi k / 4)) / 2 for k = 1..4, scaled to [0.1, 1]
+    shape = [(2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0.0]
+    expected = [0.5, 1.0, *(0.1 + 0.9 * s for s in shape), 0.1, 0.1]
+    assert found == pytest.approx(expected, abs=1e-15)  # a rounding of double precision; worst seen 1.1e-16
+    assert [lr_factor(step, 2, 6, "constant", 0.1) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    assert lr_factor(0, 0, 1, "cosine", 0.25) == 0.25  # a run of one step ends at the minimum
+    assert lr_factor(0, 0, 100, "constant", 0.0) == 1.0
+
+
+@given(st.integers(0, 50), st.integers(1, 100), st.floats(0, 1))
+def test_factors_rise_then_fall_and_stay(warmup, more, low):
+    factors = [lr_factor(step, warmup, warmup + more, "cosine", low) for step in range(warmup + more + 5)]
+    assert all(a < b for a, b in zip(factors[:warmup], factors[1:warmup], strict=False))
+    assert all(a >= b for a, b in zip(factors[max(warmup - 1, 0) :], factors[max(warmup, 1) :], strict=False))
+    assert factors[warmup + more - 1 :] == [low] * 6 and max(factors) <= 1.0
+
+
+def test_a_share_of_warmup_becomes_steps(load):
+    assert warmup_steps(load("schedule.warmup_steps=0.03", "max_steps=40000")) == 1200
+    assert resolve(load("schedule.warmup_steps=7"), 1).warmup_steps == 7
+    assert resolve(load("schedule.decay_steps=60"), 1).decay_steps == 60
+    assert resolve(load(), 1).decay_steps == 100
+
+
+# ----------------------------------------------------------------------------------------------- DeepSpeed and memory
+
+
+def test_the_deepspeed_dict_says_what_must_not_be_left_to_defaults(load):
+    config = deepspeed_config(load("optimizer.max_grad_norm=0"))
+    assert config["gradient_clipping"] == 0.0
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"} and config["communication_data_type"] == "fp32"
+    assert config["gradient_accumulation_steps"] == 1 and config["bf16"] == {"enabled": True}
+    assert "optimizer" not in config and "scheduler" not in config and "train_batch_size" not in config
+    assert "bf16" not in deepspeed_config(load("precision=fp32"))
+    assert deepspeed_config(load("zero.stage=1"))["zero_optimization"] == {
+        "stage": 1,
+        "reduce_bucket_size": 500_000_000,
+    }
+
+
+def test_deepspeed_accepts_and_understands_the_dict(load):
+    pytest.importorskip("deepspeed")
+    configs = [
+        deepspeed_config(load(f"zero.stage={stage}", f"precision={p}")) for stage in range(4) for p in ("bf16", "fp32")
+    ]
+    # a process of its own: importing deepspeed replaces F.linear for everything that runs after it
+    code = """
+import json, sys, torch
+from deepspeed.runtime.config import DeepSpeedConfig
+for given in json.loads(sys.argv[1]):
+    c = DeepSpeedConfig(dict(given))
+    z, zero = c.zero_config, given["zero_optimization"]
+    assert (c.train_batch_size, c.gradient_accumulation_steps, c.gradient_clipping) == (1, 1, 1.0)
+    assert c.communication_data_type == torch.float32 and c.grad_accum_dtype == "fp32"
+    assert c.bfloat16_config.enabled == ("bf16" in given) and c.optimizer_name is None and not c.wall_clock_breakdown
+    assert int(z.stage) == zero["stage"] and z.reduce_bucket_size == 500_000_000 and c.steps_per_print is None
+    if z.stage == 3:
+        assert (z.prefetch_bucket_size, z.param_persistence_threshold) == (50_000_000, 100_000)
+        assert (z.max_live_parameters, z.max_reuse_distance) == (10**9, 10**9)
+        assert z.memory_efficient_linear and not z.gather_16bit_weights_on_model_save
+print("understood", len(json.loads(sys.argv[1])))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(configs)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "understood 8" in done.stdout, done.stderr[-2000:]
+
+
+def test_predicted_states_by_hand(load):
+    recipe = load("micro_batch_size=2")
+    parameters = resolve(recipe, 1).parameters["total"]
+    inside = parameters["projector"] + parameters["language_model"]
+    memory = predict_memory(recipe, 4)
+    share = -(-inside // 4)
+    assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (2 * share, 4 * share, 12 * share)
+    assert memory["tower_replicated"] == 2 * parameters["vision"]
+    assert memory["total"] == sum(memory[kind] for kind in KINDS) and set(memory) == {*KINDS, "total"}
+    for stage, shared in (
+        (0, ()),
+        (1, ("optimizer",)),
+        (2, ("optimizer", "gradients")),
+        (3, ("optimizer", "gradients", "weights")),
+    ):
+        found = predict_memory(load("micro_batch_size=2", f"zero.stage={stage}"), 4)
+        bytes_each = {"weights": 2, "gradients": 4, "optimizer": 12}
+        for kind, size in bytes_each.items():
+            assert found[kind] == size * (share if kind in shared else inside), (stage, kind)
+    # a tower in training is inside the engine
+    assert predict_memory(load("train.vision=full"), 4)["tower_replicated"] == 0
+
+
+def test_memory_of_the_full_size_is_that_of_the_table():
+    # GiB per GPU from arithmetic made independently of this code (72B, fp32 gradients): 16, 64, 128 ranks
+    recipe = load_recipe("recipes/nvlm_d_72b/2_sft.yaml").recipe
+    for ranks, weights, optimizer in ((16, 8.5, 51.2), (64, 2.1, 12.8), (128, 1.1, 6.4)):
+        memory = predict_memory(recipe, ranks)
+        assert memory["weights"] / 2**30 == pytest.approx(weights, abs=0.05)
+        assert memory["optimizer"] / 2**30 == pytest.approx(optimizer, abs=0.05)
+        assert memory["tower_replicated"] / 2**30 == pytest.approx(10.3, abs=0.05)
