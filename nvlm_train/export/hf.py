@@ -478,12 +478,18 @@ def _sync(path: Path) -> None:
 def load_exported(folder: str | Path, dtype: str | None = None) -> Any:
     """The model of a folder, through transformers as any user loads it; an NVLM-D export or a plain Qwen2.
 
-    dtype: 'fp32' or 'bf16'; default as stored. CheckpointError when the folder is not one that transformers can load.
-    Runs the Python files in an NVLM-D folder: only for folders you trust.
+    dtype: 'fp32' or 'bf16'; default as stored. CheckpointError when transformers cannot load the folder, or when it brings
+    code that this version did not write: such code is never run.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no config.json; right would be a folder that `nvlm-train export` wrote")
+    foreign = foreign_code(folder)
+    if foreign:
+        raise CheckpointError(
+            f"{folder} brings code that this version of nvlm_train did not write ({', '.join(foreign)}), which is not "
+            "run here; export again with this version, or load the folder through transformers yourself if you trust it"
+        )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder; never ask a server
     import torch
     import transformers
@@ -497,6 +503,27 @@ def load_exported(folder: str | Path, dtype: str | None = None) -> Any:
     except Exception as error:  # whatever is wrong in the folder, transformers raises its own for it
         raise CheckpointError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
     return model.eval()
+
+
+def foreign_code(folder: Path) -> list[str]:
+    """What transformers would run from `folder` and is not word for word the code of this version: files and auto_map
+    entries. Empty for our exports and for folders without code."""
+    ours = Path(__file__).with_name("remote_code")
+    found = [
+        path.name
+        for path in sorted(folder.glob("*.py"))
+        if path.name not in REMOTE_CODE or path.read_bytes() != (ours / path.name).read_bytes()
+    ]
+    for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # transformers says what is wrong with it
+        auto_map = content.get("auto_map", {}) if isinstance(content, dict) else {}
+        entries = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+        known = {Path(file).stem for file in REMOTE_CODE}
+        found += [f"{name}: auto_map {entry}" for entry in entries if str(entry).split(".")[0] not in known]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- command line

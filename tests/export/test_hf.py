@@ -249,6 +249,20 @@ class TestTokenizer:
         assert hf.special_token_ids(tmp_path, 6) == {"pad": 2, "im_start": 3, "im_end": 4, "image": 5}
 
 
+def test_code_of_others_is_not_run(exported: Path, tmp_path: Path) -> None:
+    assert hf.foreign_code(exported) == []
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    (copy / "modeling_nvlm_d.py").write_text("raise SystemExit('ran')")
+    (copy / "more.py").write_text("")
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["someone/else--tokenization.Tokenizer", None]}
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError) as error:
+        hf.load_exported(copy)
+    for words in ("modeling_nvlm_d.py", "more.py", "someone/else--tokenization"):
+        assert words in str(error.value)
+
+
 def test_export_command_verifies_and_reports(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

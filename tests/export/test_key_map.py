@@ -12,7 +12,7 @@ import torch
 from tiny_nvlm import make_recipe, random_weights
 
 from nvlm_train.errors import CheckpointError
-from nvlm_train.export import key_map, verify
+from nvlm_train.export import hf, key_map, verify
 from nvlm_train.model.pretrained import expected_shapes
 from nvlm_train.recipe.schema import LANGUAGE_MODEL_PRESETS, VISION_PRESETS, Model
 
@@ -44,6 +44,8 @@ def test_72b_has_the_published_names_shapes_and_count() -> None:
     assert shapes["vision_model.encoder.layers.0.attn.q_norm.weight"] == (4096,)
     assert shapes["vision_model.encoder.layers.0.attn.proj.weight"] == (3200, 4096)
     assert shapes["mlp1.1.weight"] == (29568, 12800)
+    shards = hf.plan_shards(FULL_SIZE, "bf16", 4 * 10**9)
+    assert sum(size for shard in shards for _, _, size in shard) == 158_759_186_688
     # the list that verify was given independently
     config = {
         "vision_config": FULL_SIZE.vision.model_dump() | {"num_channels": 3},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,17 @@ def test_plain_qwen2_answers_text_and_refuses_images(
     assert capsys.readouterr().out == "left digit\n"
     with pytest.raises(DataError, match="text-only"):
         generate_command(arguments(folders["qwen2"], image=[str(image)]))
+
+
+def test_plain_qwen2_with_a_chat_template(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["qwen2"], tmp_path / "qwen2")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    settings |= {"chat_template": template + "{{ '<|im_start|>assistant\n' }}", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    answerer = load_answerer(folder)
+    conversation = [{"role": "user", "content": [{"type": "text", "text": "and a longer one?"}]}]
+    assert answer(answerer, ["a", conversation], [[], []], 20) == [("left digit", True)] * 2
 
 
 def test_bad_input(folders: dict[str, Path], tmp_path: Path) -> None:
