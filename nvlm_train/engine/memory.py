@@ -56,7 +56,8 @@ def predict_memory(recipe: Recipe, world_size: int) -> dict[str, int]:
     gathered = min(inside, max(recipe.zero.max_live_parameters, largest) + recipe.zero.prefetch_bucket_size)
 
     kv = lm.num_key_value_heads * (lm.hidden_size // lm.num_attention_heads)
-    # kept per token in a layer: two residual inputs, two norm outputs, q, attention's output, k, v, gate, up, silu, product
+    # kept per token in a layer: two residual inputs, two norm outputs, q, attention's output; k, v; gate, up, silu,
+    # product
     layer = tokens * number * (6 * lm.hidden_size + 2 * kv + 4 * lm.intermediate_size)
     inputs = tokens * number * lm.hidden_size * lm.num_hidden_layers
     recompute = recipe.activation_checkpointing == "full"

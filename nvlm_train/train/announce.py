@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nvlm_train
+from nvlm_train.data.loader import DataPlan
 from nvlm_train.engine.launch import Launch
 from nvlm_train.kernels import select
 from nvlm_train.model.pretrained import Account
@@ -52,6 +53,18 @@ def provenance(launch: Launch) -> dict[str, Any]:
     return {"git": git_revision(), "versions": versions(), "world_size": launch.world_size, "host": platform.node()}
 
 
+def data_lines(plan: DataPlan) -> list[str]:
+    """One line a source: samples, share of the mixture, and how often the run goes through it."""
+    drawn = plan.recipe.global_batch.samples * plan.recipe.max_steps
+    lines = []
+    for name, share in zip(plan.mixture.names, plan.mixture.shares, strict=True):
+        samples = len(plan.train_rows[name])
+        lines.append(f"{name}: {samples:,} samples, {float(share):.1%} of the mixture, {drawn * float(share) / samples:.2f} epochs")
+    lines += [f"{name}: validation, {len(plan.held_out[name]):,} samples" for name in plan.validation_sources()]
+    lines += [f"{name}: {count} lines dropped, {reason}" for (name, reason), count in sorted(plan.dropped_at_index.items())]
+    return lines
+
+
 def first_screen(
     recipe: Recipe,
     resolved: Resolved,
@@ -60,7 +73,7 @@ def first_screen(
     account: Account,
     device: str,
     attempt: Mapping[str, Any],
-    data_lines: list[str],
+    data: list[str],
     idle_gpus: int,
 ) -> str:
     """The text, one fact a line."""
@@ -81,7 +94,7 @@ def first_screen(
         ],
         ("batch", f"{batch.samples} samples a step in packs of {batch.pack_tokens} tokens, "
                   f"{batch.world_size} ranks x {batch.micro_batch_size} packs a micro-step"),
-        *[("data" if i == 0 else "", line) for i, line in enumerate(data_lines)],
+        *[("data" if i == 0 else "", line) for i, line in enumerate(data)],
         ("memory", "predicted per rank: " + ", ".join(f"{kind} {size:.2f}" for kind, size in gib.items()) + " GiB"),
         ("kernels", ", ".join(f"{op}: {name} ({reason})" for op, (name, reason) in kernels.items())),
         ("run", f"{start.run}, " + (f"resumed from {start.checkpoint}" if start.checkpoint else "from the beginning")),

@@ -51,6 +51,7 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     if launch.rank == 0:
         state.write_run_files(start, recipe, resolved, attempt)
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size)
+    state.check_data(start, plan.fingerprint, accept)
 
     world = dist.start(launch)
     try:
@@ -65,7 +66,7 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
                 checkpoint.write_base(start.run, frozen)
             idle = torch.cuda.device_count() - 1 if launch.launcher == "alone" and torch.cuda.is_available() else 0
             screen = announce.first_screen(
-                recipe, resolved, launch, start, account, str(world.device), attempt, plan.describe(), idle
+                recipe, resolved, launch, start, account, str(world.device), attempt, announce.data_lines(plan), idle
             )
             log.info("%s", "\n" + screen)
         with StopRequest(start.run, recipe.checkpoint.signal, watch_files=launch.rank == 0) as stop:
@@ -142,7 +143,7 @@ def _run(
 
             if last or stops or saves or improved or early or progress.step % recipe.checkpoint.every_steps == 0:
                 began = time.monotonic()
-                path = state.save(built, run, progress, recipe, resolved)
+                path = state.save(built, run, progress, recipe, resolved, plan.fingerprint)
                 if console is not None:
                     console.say(f"saved {path} in {time.monotonic() - began:.1f} s")
             if stops or early:
@@ -166,7 +167,7 @@ def _count(world: dist.World, plan: DataPlan, data: StepData) -> dict[str, Any]:
 
     Fixes the denominator of the loss before the first backward.
     """
-    sources = plan.source_names()
+    sources = list(plan.mixture.names)
     values = [data.trained_tokens, data.tokens, data.tiles, data.samples, sum(data.bad.values())]
     values += [data.samples_by_source.get(source, 0) for source in sources]
     summed = dist.sum_over_ranks(world, values, torch.int64)

@@ -15,7 +15,7 @@ from nvlm_train import checkpoint
 from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
 from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
-from nvlm_train.errors import CheckpointError, NvlmError, RecipeError
+from nvlm_train.errors import CheckpointError, DataError, RecipeError
 from nvlm_train.model.nvlm import NvlmD
 from nvlm_train.model.pretrained import Account, Weights, account, expected_shapes, fill, merge
 from nvlm_train.model.pretrained import open_language_model_folder, open_vision_folder
@@ -94,6 +94,18 @@ def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance
         "attempts": attempts,
     }
     checkpoint.write_json(path, content)
+
+
+def check_data(start: Start, fingerprint: str, accept: Sequence[str]) -> None:
+    """Refuses to go on with other data than before: the same keys can name files that have changed meanwhile."""
+    if start.checkpoint is None:
+        return
+    before = checkpoint.read_json(start.checkpoint / "state.json").get("data_fingerprint")
+    if before != fingerprint and "data" not in accept:
+        raise DataError(
+            f"the data differs from what {start.checkpoint} was trained on (fingerprint {fingerprint}, was {before}): a file, "
+            "the tokenizer or the template has changed, and the order of samples with it; put it back, or add --accept data"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -208,12 +220,15 @@ class _Prefixed(torch.nn.Module):
 # ------------------------------------------------------------------------------------------------------ save, restore
 
 
-def save(built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: Resolved) -> Path:
+def save(
+    built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: Resolved, data_fingerprint: str
+) -> Path:
     """Saves a checkpoint of the state after `progress.step`; every rank calls it. See `checkpoint.save`."""
     world = built.engine.world
     shapes = {name: tuple(full_shape(parameter)) for name, parameter in built.engine.trainable()}
     state = {
         "recipe_hash": resolved.recipe_hash,
+        "data_fingerprint": data_fingerprint,
         "adam_step": progress.step,
         "zero_stage": built.engine.stage,
         "groups": [
@@ -258,13 +273,3 @@ def restore(built: Built, path: Path) -> Progress:
 
     zero.write_slices(built.engine, read, opened.state["adam_step"])
     return Progress(**opened.state["progress"])
-
-
-def agree_on_errors(world: dist.World, error: NvlmError | None) -> None:
-    """Raises on every rank what was raised on any, so that none waits for the others in a collective."""
-    errors = dist.gather(world, None if error is None else (type(error).__name__, str(error)))
-    for rank, found in enumerate(errors):
-        if found is not None:
-            if error is not None:
-                raise error
-            raise NvlmError(f"rank {rank} stopped: {found[1]}")
