@@ -478,8 +478,8 @@ def _sync(path: Path) -> None:
 def load_exported(folder: str | Path, dtype: str | None = None) -> Any:
     """The model of a folder, through transformers as any user loads it; an NVLM-D export or a plain Qwen2.
 
-    dtype: 'fp32' or 'bf16'; default as stored. CheckpointError when transformers cannot load the folder, or when it brings
-    code that this version did not write: such code is never run.
+    dtype: 'fp32' or 'bf16'; default as stored. CheckpointError when transformers cannot load the folder, or when it
+    brings code that this version did not write: such code is never run.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
