@@ -285,7 +285,7 @@ VERBS: dict[str, Verb] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ the command
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -309,7 +309,7 @@ def _parser_of(name: str) -> argparse.ArgumentParser:
 
 
 def parse(name: str, rest: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a verb. Overrides may stand anywhere, also behind flags, where argparse would not look for them."""
+    """The arguments of a verb. Overrides may stand anywhere, also behind flags, where argparse does not look."""
     parser = _parser_of(name)
     args, extra = parser.parse_known_args(rest)
     if extra and (not hasattr(args, "overrides") or any(word.startswith("-") for word in extra)):

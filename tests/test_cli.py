@@ -54,11 +54,13 @@ def test_the_overview_names_every_verb_and_ends_with_an_example(capsys):
         ),
         (
             ["train"],
-            "error: nvlm-train train: the following arguments are required: R.yaml; `nvlm-train train --help` shows what it takes",
+            "error: nvlm-train train: the following arguments are required: R.yaml; `nvlm-train train --help` "
+            "shows what it takes",
         ),
         (
             ["recipe", "show", RECIPE, "--world-size", "0"],
-            "error: nvlm-train recipe show: argument --world-size: 0 is not 1 or more; `nvlm-train recipe show --help` shows what it takes",
+            "error: nvlm-train recipe show: argument --world-size: 0 is not 1 or more; `nvlm-train recipe show "
+            "--help` shows what it takes",
         ),
         (
             ["recipe", "check", "nowhere.yaml"],

@@ -42,7 +42,7 @@ class LoadedRecipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Reads, merges and checks a recipe. Raises RecipeError with every problem, one a line: `file:line key: value ...`."""
+    """Reads, merges and checks a recipe. Raises RecipeError with every problem, one a line: `file:line key: value`."""
     tree = read_merged(path)
     problems: list[str] = []
     for text in overrides:
@@ -158,7 +158,8 @@ def _apply_override(tree: Value, text: str, problems: list[str]) -> None:
         if items is not None:
             if int(parts[-1]) >= len(items):
                 problems.append(
-                    f"{shown}: {'.'.join(parts[:-1])} is a list of {len(items)} values; number them from 0 to {len(items) - 1}"
+                    f"{shown}: {'.'.join(parts[:-1])} is a list of {len(items)} values; "
+                    f"number them from 0 to {len(items) - 1}"
                 )
                 return
             items[int(parts[-1])] = value
@@ -402,7 +403,8 @@ def _wrong_value(item: Any, key: Key | None, place: Place) -> str:
     if kind in ("too_short", "too_long"):
         few = "few" if kind == "too_short" else "many"
         bound = ctx.get("min_length", ctx.get("max_length"))
-        return f"has too {few} values ({ctx.get('actual_length')}); it needs {'at least' if few == 'few' else 'exactly'} {bound}"
+        words = "at least" if few == "few" else "exactly"
+        return f"has too {few} values ({ctx.get('actual_length')}); it needs {words} {bound}"
     text = _EXPECTED.get(kind, str(item["msg"]).removeprefix("Value error, "))
     return f"{text}; {_right_form(value, kind) or 'give ' + wanted}" + ("" if kind != "model_type" else _inside(key))
 
@@ -414,7 +416,8 @@ def _right_form(value: Any, kind: str) -> str | None:
         and isinstance(value, str)
         and value.lower() in ("yes", "no", "on", "off", "y", "n", "true", "false")
     ):
-        return f"YAML 1.2 has true and false only: write {'true' if value.lower() in ('yes', 'on', 'y', 'true') else 'false'}"
+        meant = "true" if value.lower() in ("yes", "on", "y", "true") else "false"
+        return f"YAML 1.2 has true and false only: write {meant}"
     if kind.startswith(("int", "float")) and isinstance(value, str):
         digits = value.replace("_", "").replace(",", "")
         meant = scalar(digits.strip())

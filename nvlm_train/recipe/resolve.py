@@ -132,8 +132,8 @@ def _warnings(recipe: Recipe, batch: BatchArithmetic) -> tuple[str, ...]:
         per_pack = recipe.data.pack_tokens // recipe.data.max_tokens_per_sample
         legal = [str(packs * per_pack) for packs in (below, above) if packs]
         warnings.append(
-            f"global_batch.samples {batch.samples}: {batch.max_null_share:.0%} of the slots of a step hold null packs when "
-            f"all samples are of full length ({batch.max_packs} packs in {batch.max_micro_steps} micro-steps of "
+            f"global_batch.samples {batch.samples}: {batch.max_null_share:.0%} of the slots of a step hold null packs "
+            f"when all samples are of full length ({batch.max_packs} packs in {batch.max_micro_steps} micro-steps of "
             f"{batch.slots_per_micro_step}); {' or '.join(legal)} samples would fill them"
         )
     if warmup_steps(recipe) > recipe.max_steps:

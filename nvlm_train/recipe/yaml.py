@@ -3,7 +3,7 @@
 Built on PyYAML's composer (text to node graph); its YAML 1.1 meaning of scalars is not used, because there `2e-5` is a
 string, `no` is false and `1:30` is 90. Here (YAML 1.2 core schema, https://yaml.org/spec/1.2.2/#103-core-schema):
 
-    null  ~ (nothing)    true false      12 -3 0o17 0xff      2e-5 1.5 .5 -1e3 .inf .nan      everything else is a string
+    null  ~ (nothing)    true false      12 -3 0o17 0xff    2e-5 1.5 .5 -1e3 .inf .nan    everything else is a string
 
 Anchors and aliases work. Refused: tags (`!!python/...`), merge keys (`<<`, use `extends`), duplicate keys, several
 documents, files that expand to more than 100,000 values.
@@ -102,7 +102,7 @@ def scalar(text: str) -> Any:
 
 class _TagsRefused(Composer):
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[attr-defined]  # of the Parser it is mixed with
         tag = getattr(event, "tag", None)
         if tag is not None:
             raise yaml.MarkedYAMLError(

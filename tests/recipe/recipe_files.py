@@ -8,7 +8,8 @@ BASE = """\
 run_name: small
 output_dir: runs/small
 model:
-  vision: {hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4, image_size: 32, patch_size: 8}
+  vision: {hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4, image_size: 32,
+           patch_size: 8}
   language_model:
     hidden_size: 48
     intermediate_size: 80

@@ -29,65 +29,67 @@ def test_the_base_recipe_is_good(tmp_path):
 
 # line of BASE changed (from 1), new text, the whole message
 BAD_LINES = [
-    (20, "max_step: 100", ["r.yaml:20 max_step: 100 is not a key of a recipe; did you mean max_steps?"]),
-    (20, "max_steps: '100'", ["r.yaml:20 max_steps: '100' is not a whole number; write 100 without quotes"]),
-    (20, "max_steps: 1_000", ["r.yaml:20 max_steps: '1_000' is not a whole number; write 1000"]),
-    (20, "max_steps: 1e3", ["r.yaml:20 max_steps: 1000.0 is not a whole number; write 1000"]),
-    (20, "max_steps: true", ["r.yaml:20 max_steps: true is not a whole number; give a whole number > 0"]),
-    (20, "max_steps: 0", ["r.yaml:20 max_steps: 0 is out of range; it must be more than 0"]),
-    (20, "max_steps:", ["r.yaml:20 max_steps: null is empty; give a whole number > 0"]),
-    (22, "  lr: fast", ["r.yaml:22 optimizer.lr: 'fast' is not a number; give a number > 0"]),
-    (22, "  lr: .inf", ["r.yaml:22 optimizer.lr: inf is not a finite number; give a number > 0"]),
-    (22, "  lr: .nan", ["r.yaml:22 optimizer.lr: nan is not a finite number; give a number > 0"]),
-    (22, "  lr: 1\n  betas: [0.9]", ["r.yaml:23 optimizer.betas: [0.9] has too few values (1); it needs at least 2"]),
-    (22, "  lr: 1\n  betas: [0.9, a]", ["r.yaml:23 optimizer.betas.1: 'a' is not a number; give a number"]),
-    (22, "  lrr: 1", ["r.yaml:22 optimizer.lrr: 1 is not a key of a recipe; did you mean optimizer.lr?"]),
-    (19, "global_batch: 32", ["r.yaml:19 global_batch: 32 is not a section; give a section with samples"]),
+    (21, "max_step: 100", ["r.yaml:21 max_step: 100 is not a key of a recipe; did you mean max_steps?"]),
+    (21, "max_steps: '100'", ["r.yaml:21 max_steps: '100' is not a whole number; write 100 without quotes"]),
+    (21, "max_steps: 1_000", ["r.yaml:21 max_steps: '1_000' is not a whole number; write 1000"]),
+    (21, "max_steps: 1e3", ["r.yaml:21 max_steps: 1000.0 is not a whole number; write 1000"]),
+    (21, "max_steps: true", ["r.yaml:21 max_steps: true is not a whole number; give a whole number > 0"]),
+    (21, "max_steps: 0", ["r.yaml:21 max_steps: 0 is out of range; it must be more than 0"]),
+    (21, "max_steps:", ["r.yaml:21 max_steps: null is empty; give a whole number > 0"]),
+    (23, "  lr: fast", ["r.yaml:23 optimizer.lr: 'fast' is not a number; give a number > 0"]),
+    (23, "  lr: .inf", ["r.yaml:23 optimizer.lr: inf is not a finite number; give a number > 0"]),
+    (23, "  lr: .nan", ["r.yaml:23 optimizer.lr: nan is not a finite number; give a number > 0"]),
+    (23, "  lr: 1\n  betas: [0.9]", ["r.yaml:24 optimizer.betas: [0.9] has too few values (1); it needs at least 2"]),
+    (23, "  lr: 1\n  betas: [0.9, a]", ["r.yaml:24 optimizer.betas.1: 'a' is not a number; give a number"]),
+    (23, "  lrr: 1", ["r.yaml:23 optimizer.lrr: 1 is not a key of a recipe; did you mean optimizer.lr?"]),
+    (20, "global_batch: 32", ["r.yaml:20 global_batch: 32 is not a section; give a section with samples"]),
     (
-        19,
+        20,
         "global_batch: {}",
         [
-            "r.yaml:19 global_batch.samples: is missing; give a whole number > 0: Samples in one optimizer "
+            "r.yaml:20 global_batch.samples: is missing; give a whole number > 0: Samples in one optimizer "
             "step, over all ranks; exact on any number of ranks."
         ],
     ),
-    (19, "", ["r.yaml:1 global_batch: is missing; give a section: What one optimizer step is made of."]),
+    (20, "", ["r.yaml:1 global_batch: is missing; give a section: What one optimizer step is made of."]),
     (
-        13,
+        14,
         "data: {}\nx:",
         [
-            "r.yaml:13 data.mixture: is missing; give a mapping of names to section: The sources by name.",
-            "r.yaml:13 data.max_tokens_per_sample: is missing; give a whole number > 0: A longer sample is handled by `overlong`.",
-            "r.yaml:13 data.pack_tokens: is missing; give a whole number > 0: Tokens in one pack: what one row of a micro batch "
+            "r.yaml:14 data.mixture: is missing; give a mapping of names to section: The sources by name.",
+            "r.yaml:14 data.max_tokens_per_sample: is missing; give a whole number > 0: A longer sample is "
+            "handled by `overlong`.",
+            "r.yaml:14 data.pack_tokens: is missing; give a whole number > 0: Tokens in one pack: what one row "
+            "of a micro batch "
             "holds.",
         ],
     ),
     (
-        15,
+        16,
         "    digits: 3",
         [
-            "r.yaml:15 data.mixture.digits: 3 is not a section; give one with kind, path, image_root, weight, "
+            "r.yaml:16 data.mixture.digits: 3 is not a section; give one with kind, path, image_root, weight, "
             "license, source"
         ],
     ),
     (
-        15,
+        16,
         "    di.gits: {path: x}",
-        ["r.yaml:15 data.mixture.di.gits: is not a good name; use letters, digits, dash and underscore"],
+        ["r.yaml:16 data.mixture.di.gits: is not a good name; use letters, digits, dash and underscore"],
     ),
-    (15, "    digits: {path: 3}", ["r.yaml:15 data.mixture.digits.path: 3 is not a string; write '3' in quotes"]),
+    (16, "    digits: {path: 3}", ["r.yaml:16 data.mixture.digits.path: 3 is not a string; write '3' in quotes"]),
     (
-        18,
+        19,
         "  pack_tokens: 100",
         [
-            "r.yaml:17 data.max_tokens_per_sample: 128 is more than pack_tokens 100: the longest sample "
+            "r.yaml:18 data.max_tokens_per_sample: 128 is more than pack_tokens 100: the longest sample "
             "must fit into a pack; use at most 100, or raise pack_tokens"
         ],
     ),
     (
-        12,
+        13,
         "tokenizer: {path: tok, template: qwen2}",
-        ["r.yaml:12 tokenizer.template: 'qwen2' is not one of nvlm_qwen2, hf_nvlm; did you mean nvlm_qwen2?"],
+        ["r.yaml:13 tokenizer.template: 'qwen2' is not one of nvlm_qwen2, hf_nvlm; did you mean nvlm_qwen2?"],
     ),
     (
         1,
@@ -112,78 +114,82 @@ def test_a_bad_line_is_named(tmp_path, line, text, expected):
     assert found == expected
 
 
-# added to the end of BASE (line 23 on), the whole message
+# added to the end of BASE (line 24 on), the whole message
 ADDED = [
     (
         "per_device_train_batch_size: 4",
         [
-            "r.yaml:23 per_device_train_batch_size: 4 is a name of HF Trainer, LLaMA-Factory, ms-swift, InternVL; here it is "
+            "r.yaml:24 per_device_train_batch_size: 4 is a name of HF Trainer, LLaMA-Factory, ms-swift, "
+            "InternVL; here it is "
             "micro_batch_size (counts packs, not samples; samples per step are global_batch.samples)"
         ],
     ),
     (
         "resume_from_checkpoint: x",
         [
-            "r.yaml:23 resume_from_checkpoint: 'x' is a name of HF Trainer, LLaMA-Factory, ms-swift, Axolotl, InternVL; starting "
+            "r.yaml:24 resume_from_checkpoint: 'x' is a name of HF Trainer, LLaMA-Factory, ms-swift, Axolotl, "
+            "InternVL; starting "
             "again resumes by itself; `train --resume never` refuses a run directory that holds a run"
         ],
     ),
-    ("lr: 1", ["r.yaml:23 lr: 1 is not a key of a recipe; did you mean optimizer.lr?"]),
-    ("betas: [1, 2]", ["r.yaml:23 betas: [1, 2] is not a key of a recipe; did you mean optimizer.betas?"]),
+    ("lr: 1", ["r.yaml:24 lr: 1 is not a key of a recipe; did you mean optimizer.lr?"]),
+    ("betas: [1, 2]", ["r.yaml:24 betas: [1, 2] is not a key of a recipe; did you mean optimizer.betas?"]),
     (
         "optimizer.lr: 1",
         [
-            "r.yaml:23 optimizer.lr: 1 is not a key here: in a file keys are nested, only overrides have dots; "
+            "r.yaml:24 optimizer.lr: 1 is not a key here: in a file keys are nested, only overrides have dots; "
             "write `optimizer: {lr: ...}`"
         ],
     ),
-    ("data: {}", ["r.yaml:23 data: is given a second time (first on line 13); keep one of them"]),
+    ("data: {}", ["r.yaml:24 data: is given a second time (first on line 14); keep one of them"]),
     (
         "train: {vision: frozen, projector: frozen, language_model: frozen}",
         [
-            "r.yaml:23 train: freezes every module, so nothing would be trained; set one of vision, projector, language_model to "
+            "r.yaml:24 train: freezes every module, so nothing would be trained; set one of vision, projector, "
+            "language_model to "
             "full"
         ],
     ),
     (
         "schedule: {warmup_steps: 1.5}",
-        ["r.yaml:23 schedule.warmup_steps: 1.5 is neither a whole number of steps nor a share below 1; use 2"],
+        ["r.yaml:24 schedule.warmup_steps: 1.5 is neither a whole number of steps nor a share below 1; use 2"],
     ),
     (
         "schedule: {warmup_steps: x}",
-        ["r.yaml:23 schedule.warmup_steps: 'x' is not a whole number; give a whole number or number >= 0"],
+        ["r.yaml:24 schedule.warmup_steps: 'x' is not a whole number; give a whole number or number >= 0"],
     ),
     (
         "schedule: {warmup_steps: 101, decay_steps: 100, min_lr: 1}",
         [
-            "r.yaml:23 schedule.min_lr: 1 is above optimizer.lr 0.001; use a value from 0 to 0.001",
-            "r.yaml:23 schedule.warmup_steps: 101 is more than schedule.decay_steps 100; use at most 100",
+            "r.yaml:24 schedule.min_lr: 1 is above optimizer.lr 0.001; use a value from 0 to 0.001",
+            "r.yaml:24 schedule.warmup_steps: 101 is more than schedule.decay_steps 100; use at most 100",
         ],
     ),
     (
         "validation: {sources: {text: {path: x}}}",
-        ["r.yaml:23 validation.sources.text: is the name of a source of data.mixture too; give it a name of its own"],
+        ["r.yaml:24 validation.sources.text: is the name of a source of data.mixture too; give it a name of its own"],
     ),
     (
         "validation: {best: txt, held_out_share: 0.1}",
-        ["r.yaml:23 validation.best: 'txt' is not the name of a validated source; use one of digits, text"],
+        ["r.yaml:24 validation.best: 'txt' is not the name of a validated source; use one of digits, text"],
     ),
-    ("log: {to: wandb}", ["r.yaml:23 log.to: 'wandb' is not a list; write [wandb]"]),
-    ("log: {to: [wandbb]}", ["r.yaml:23 log.to.0: 'wandbb' is not one of wandb, tensorboard; did you mean wandb?"]),
-    ("zero: {stage: 4}", ["r.yaml:23 zero.stage: 4 is not one of 0, 1, 2, 3"]),
+    ("log: {to: wandb}", ["r.yaml:24 log.to: 'wandb' is not a list; write [wandb]"]),
+    ("log: {to: [wandbb]}", ["r.yaml:24 log.to.0: 'wandbb' is not one of wandb, tensorboard; did you mean wandb?"]),
+    ("zero: {stage: 4}", ["r.yaml:24 zero.stage: 4 is not one of 0, 1, 2, 3"]),
     (
         "zero: 3",
         [
-            "r.yaml:23 zero: 3 is not a section; give a section with stage, reduce_bucket_size, prefetch_bucket_size, "
+            "r.yaml:24 zero: 3 is not a section; give a section with stage, reduce_bucket_size, prefetch_bucket_size, "
             "param_persistence_threshold, max_live_parameters, max_reuse_distance, communication_data_type"
         ],
     ),
-    ("extends: no.yaml", ["r.yaml:23 extends: 'no.yaml' is not there (no.yaml); the path is relative to this file"]),
-    ("extends: [a, b]", ["r.yaml:23 extends: ['a', 'b'] is not the path of one file; write `extends: base.yaml`"]),
+    ("extends: no.yaml", ["r.yaml:24 extends: 'no.yaml' is not there (no.yaml); the path is relative to this file"]),
+    ("extends: [a, b]", ["r.yaml:24 extends: ['a', 'b'] is not the path of one file; write `extends: base.yaml`"]),
     (
         "init_from: {run: '${NVLM_NOT_SET}/x'}",
         [
-            "r.yaml:23 init_from.run.path: '${NVLM_NOT_SET}/x' names the environment variable NVLM_NOT_SET, which is not set; "
+            "r.yaml:24 init_from.run.path: '${NVLM_NOT_SET}/x' names the environment variable NVLM_NOT_SET, "
+            "which is not set; "
             "export NVLM_NOT_SET=..., or write the path itself"
         ],
     ),
@@ -273,14 +279,14 @@ def test_all_problems_at_once_in_the_order_of_the_file(tmp_path):
     )
     found = problems(write(tmp_path, text), ("precision=fp16",))
     assert [line.split(":")[0] + ":" + line.split(":")[1].split()[0] for line in found[1:]] == [
-        "r.yaml:20",
-        "r.yaml:22",
+        "r.yaml:21",
         "r.yaml:23",
+        "r.yaml:24",
     ]
     assert found[0] == "override precision=fp16 precision: 'fp16' is not one of bf16, fp32; did you mean bf16?"
     # one key put right shows what only pydantic's last look finds
     text = text.replace("max_steps: ten", "max_steps: 10")
-    assert "r.yaml:24 schedule.min_lr: 2 is above optimizer.lr 0.001; use a value from 0 to 0.001" in problems(
+    assert "r.yaml:25 schedule.min_lr: 2 is above optimizer.lr 0.001; use a value from 0 to 0.001" in problems(
         write(tmp_path, text)
     )
 
@@ -315,7 +321,7 @@ def test_extends_is_relative_to_its_file_and_chains(tmp_path):
     origins = {name: str(origin).replace(str(tmp_path) + os.sep, "") for name, origin in loaded.origins.items()}
     assert origins["optimizer.lr"] == "deep/child.yaml:2"
     assert origins["optimizer.weight_decay"] == "parent middle.yaml:2"
-    assert origins["data.pack_tokens"] == "parent base/base.yaml:18"
+    assert origins["data.pack_tokens"] == "parent base/base.yaml:19"
     assert origins["max_steps"] == "override max_steps=7"
     assert origins["seed"] == "default"
 
@@ -332,7 +338,7 @@ def test_extends_in_a_circle_shows_the_circle(tmp_path):
 def test_a_problem_in_a_parent_names_the_parent(tmp_path):
     write(tmp_path, BASE.replace("max_steps: 100", "max_steps: 0"), "base.yaml")
     child = write(tmp_path, "extends: base.yaml\nseed: 1\n", "r.yaml")
-    assert problems(child) == ["base.yaml:20 max_steps: 0 is out of range; it must be more than 0"]
+    assert problems(child) == ["base.yaml:21 max_steps: 0 is out of range; it must be more than 0"]
 
 
 def test_null_removes_what_a_parent_says(tmp_path):

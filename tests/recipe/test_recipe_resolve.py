@@ -189,7 +189,7 @@ def test_every_key_says_what_a_resume_may_do():
 
 
 def test_batch_arithmetic_by_hand(load):
-    # 32 samples of at most 128 tokens, 4 of them in a pack of 512: 8 packs; 3 ranks x 2: 6 slots, so 2 micro-steps, 4 null
+    # 32 samples of at most 128 tokens, 4 of them in a pack of 512: 8 packs; 3 ranks x 2: 6 slots, 2 micro-steps, 4 null
     batch = resolve(load("micro_batch_size=2"), 3).batch
     assert (batch.max_packs, batch.slots_per_micro_step, batch.max_micro_steps) == (8, 6, 2)
     assert batch.max_null_share == pytest.approx(4 / 12)
@@ -202,7 +202,8 @@ def test_fewer_samples_than_ranks_is_refused_with_what_would_do(load):
     with pytest.raises(RecipeError) as caught:
         resolve(load(), 40)
     assert str(caught.value) == (
-        "global_batch.samples: 32 cannot fill 40 ranks: a rank needs a sample in each step, and 8 would never have one; use "
+        "global_batch.samples: 32 cannot fill 40 ranks: a rank needs a sample in each step, and 8 would never "
+        "have one; use "
         "global_batch.samples=40 or more, or start on 32 ranks or fewer"
     )
     assert resolve(load(), 32).batch.max_micro_steps == 1

@@ -39,8 +39,8 @@ def test_check_fails_with_2_and_names_every_problem(tmp_path, capsys):
     assert shown.out == "" and "Traceback" not in shown.err
     assert shown.err.splitlines() == [
         f"error: {path}: 2 problems",
-        f"{path}:23 sed: 1 is not a key of a recipe; did you mean seed?",
-        f"{path}:24 lr: 2 is not a key of a recipe; did you mean optimizer.lr?",
+        f"{path}:24 sed: 1 is not a key of a recipe; did you mean seed?",
+        f"{path}:25 lr: 2 is not a key of a recipe; did you mean optimizer.lr?",
     ]
     assert main(["recipe", "check", path, "--json"]) == 2
     found = json.loads(capsys.readouterr().out)
@@ -52,7 +52,7 @@ def test_show_prints_values_origins_and_what_follows(tmp_path, capsys):
     assert main(["recipe", "show", path, "optimizer.lr=2e-3", "--world-size", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines[: lines.index("")]}
-    assert rows["max_steps"] == ["100", f"{path}:20"]
+    assert rows["max_steps"] == ["100", f"{path}:21"]
     assert rows["optimizer.lr"] == ["0.002", "override optimizer.lr=2e-3"]
     assert rows["seed"] == ["1234", "default"]
     text = "\n".join(lines)

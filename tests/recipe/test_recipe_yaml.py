@@ -96,7 +96,8 @@ REFUSED = [
     ("a: {b: 1, 'b': 2}\n", "x.yaml:1 b: is given a second time (first on line 1); keep one of them"),
     (
         "a: 1\nb: !!python/object/apply:os.system ['true']\n",
-        "x.yaml:2: the tag 'tag:yaml.org,2002:python/object/apply:os.system' is refused: a recipe holds plain values only; "
+        "x.yaml:2: the tag 'tag:yaml.org,2002:python/object/apply:os.system' is refused: a recipe holds plain "
+        "values only; "
         "remove the tag",
     ),
     (
