@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 from nvlm_train.errors import CheckpointError
 
 _RESEARCH_ONLY = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?commercial|research", re.IGNORECASE)
-_HUB_NAME = re.compile(r"^(?:https?://huggingface\.co/)?([\w.-]+/[\w.-]+)/?$")
+_HUB_NAME = re.compile(
+    r"^(?:https?://huggingface\.co/)?([\w.-]+/[\w.-]+(?<!\.py)(?<!\.sh))/?$"
+)  # a script is no base model
 
 
 class Part(NamedTuple):

@@ -40,7 +40,9 @@ def test_parts_and_training_facts_are_listed() -> None:
 
 def test_what_is_not_stated_is_said_to_be_not_stated() -> None:
     recipe = make_recipe(Path("t"), **{"init_from.vision": folder(None)})
+    recipe["init_from"]["language_model"] = folder(None, "scripts/make_demo_backbones.py")  # ours, not a model's name
     head, body = write(recipe)
+    assert "base_model" not in head
     assert head["license"] == "other" and head["license_name"] == "not-stated"
     assert "| weights | vision | not stated in the recipe | not stated |" in body
 
