@@ -6,13 +6,6 @@ allocator's slack, CUDA's context and NCCL's buffers (together 2 to 5 GiB on a G
 
 from __future__ import annotations
 
-from nvlm_train.model.flops import (
-    MODULES,
-    count_parameters,
-    decoder_layer_parameters,
-    image_tokens_per_tile,
-    patches_per_tile,
-)
 from nvlm_train.recipe.schema import Recipe
 
 KINDS = (
@@ -29,9 +22,10 @@ KINDS = (
 )
 
 
-def predict_memory(recipe: Recipe, world_size: int) -> dict[str, int]:
+def predict_memory(recipe: Recipe, world_size: int, parameters: dict[str, int]) -> dict[str, int]:
     """Bytes per rank of each of `KINDS`, and their sum as `total`.
 
+    parameters: counts of the whole modules, as `model.flops.count_parameters` gives them.
     weights: what the engine shares out (a frozen tower is replicated instead: `tower_replicated`).
     gradients: fp32 accumulation. optimizer: fp32 master, exp_avg, exp_avg_sq.
     gathered, buckets: what stage 3 holds whole at a time, and what is in flight in a reduction.
@@ -40,19 +34,20 @@ def predict_memory(recipe: Recipe, world_size: int) -> dict[str, int]:
     """
     stage, ranks = recipe.zero.stage, world_size
     number = 2 if recipe.precision == "bf16" else 4
-    counts = count_parameters(recipe.model)
-    trained = {module: getattr(recipe.train, module) == "full" for module in MODULES}
-    outside = 0 if trained["vision"] else counts["vision"]
-    inside = sum(counts.values()) - outside
-    trainable = sum(count for module, count in counts.items() if trained[module])
+    trained = {module: getattr(recipe.train, module) == "full" for module in parameters}
+    outside = 0 if trained["vision"] else parameters["vision"]
+    inside = sum(parameters.values()) - outside
+    trainable = sum(count for module, count in parameters.items() if trained[module])
 
     def share(amount: int, from_stage: int) -> int:
         return -(-amount // ranks) if stage >= from_stage else amount
 
     lm, vision = recipe.model.language_model, recipe.model.vision
     tokens = recipe.micro_batch_size * recipe.data.pack_tokens
-    patches, tile_tokens = patches_per_tile(vision), image_tokens_per_tile(vision)
-    largest = max(lm.vocab_size * lm.hidden_size, decoder_layer_parameters(lm), counts["projector"])
+    patches = (vision.image_size // vision.patch_size) ** 2
+    tile_tokens = patches // 4  # the pixel shuffle joins 2 x 2
+    decoder_layer = parameters["language_model"] // lm.num_hidden_layers  # a little too large: embedding shared out
+    largest = max(lm.vocab_size * lm.hidden_size, decoder_layer, parameters["projector"])
     gathered = min(inside, max(recipe.zero.max_live_parameters, largest) + recipe.zero.prefetch_bucket_size)
 
     kv = lm.num_key_value_heads * (lm.hidden_size // lm.num_attention_heads)

@@ -91,7 +91,7 @@ def resolve(recipe: Recipe, world_size: int) -> Resolved:
             recipe.model, recipe.train, recipe.data.max_tokens_per_sample, recipe.activation_checkpointing == "full"
         ),
         deepspeed=deepspeed_config(recipe),
-        memory=predict_memory(recipe, world_size),
+        memory=predict_memory(recipe, world_size, counts),
         warnings=_warnings(recipe, batch),
     )
 

@@ -15,6 +15,7 @@ from recipe_files import BASE, write
 from nvlm_train.engine.deepspeed_config import deepspeed_config
 from nvlm_train.engine.memory import KINDS, predict_memory
 from nvlm_train.errors import RecipeError
+from nvlm_train.model.flops import count_parameters
 from nvlm_train.recipe.load import load_recipe
 from nvlm_train.recipe.resolve import (
     check_resume,
@@ -26,6 +27,10 @@ from nvlm_train.recipe.resolve import (
     warmup_steps,
 )
 from nvlm_train.recipe.schema import Recipe, all_keys
+
+
+def predict(recipe, ranks):
+    return predict_memory(recipe, ranks, count_parameters(recipe.model))
 
 
 @pytest.fixture
@@ -300,7 +305,7 @@ def test_predicted_states_by_hand(load):
     recipe = load("micro_batch_size=2")
     parameters = resolve(recipe, 1).parameters["total"]
     inside = parameters["projector"] + parameters["language_model"]
-    memory = predict_memory(recipe, 4)
+    memory = predict(recipe, 4)
     share = -(-inside // 4)
     assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (2 * share, 4 * share, 12 * share)
     assert memory["tower_replicated"] == 2 * parameters["vision"]
@@ -311,19 +316,19 @@ def test_predicted_states_by_hand(load):
         (2, ("optimizer", "gradients")),
         (3, ("optimizer", "gradients", "weights")),
     ):
-        found = predict_memory(load("micro_batch_size=2", f"zero.stage={stage}"), 4)
+        found = predict(load("micro_batch_size=2", f"zero.stage={stage}"), 4)
         bytes_each = {"weights": 2, "gradients": 4, "optimizer": 12}
         for kind, size in bytes_each.items():
             assert found[kind] == size * (share if kind in shared else inside), (stage, kind)
     # a tower in training is inside the engine
-    assert predict_memory(load("train.vision=full"), 4)["tower_replicated"] == 0
+    assert predict(load("train.vision=full"), 4)["tower_replicated"] == 0
 
 
 def test_memory_of_the_full_size_is_that_of_the_table():
     # GiB per GPU from arithmetic made independently of this code (72B, fp32 gradients): 16, 64, 128 ranks
     recipe = load_recipe("recipes/nvlm_d_72b/2_sft.yaml").recipe
     for ranks, weights, optimizer in ((16, 8.5, 51.2), (64, 2.1, 12.8), (128, 1.1, 6.4)):
-        memory = predict_memory(recipe, ranks)
+        memory = predict(recipe, ranks)
         assert memory["weights"] / 2**30 == pytest.approx(weights, abs=0.05)
         assert memory["optimizer"] / 2**30 == pytest.approx(optimizer, abs=0.05)
         assert memory["tower_replicated"] / 2**30 == pytest.approx(10.3, abs=0.05)
