@@ -40,7 +40,7 @@ from nvlm_train.model.vision import InternVit, normalise
 from nvlm_train.recipe import schema
 from nvlm_train.recipe.load import load_recipe
 
-VISION_STEPS, LANGUAGE_MODEL_STEPS = 600, 320
+VISION_STEPS, LANGUAGE_MODEL_STEPS = 600, 400
 BATCH = 64  # pictures, or text samples, a step
 NUM_PICTURES = 5000
 
