@@ -32,7 +32,7 @@ Message = Mapping[str, Any]  # {"role": "user", "content": [{"text": "..."} | {"
 
 class Template(NamedTuple):
     """after_turn: text after each <|im_end|>. tags_apart: whether a tag is tokenised without the text before it.
-    system: system text of a sample that brings none, unless the recipe names one."""
+    system: system text of a sample that brings none, unless the recipe names one ('' there: no system turn)."""
 
     after_turn: str
     tags_apart: bool
@@ -98,7 +98,7 @@ def lay_out(
     if system is None:
         system = form.system
     turns: list[Message] = list(messages)
-    if system is not None and not any(turn["role"] == "system" for turn in turns):
+    if system and not any(turn["role"] == "system" for turn in turns):
         turns.insert(0, {"role": "system", "content": [{"text": system}]})
     start = Run(None, tokenizer.im_start, 1, False, False)
     runs: list[Run] = []

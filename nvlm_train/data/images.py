@@ -1,7 +1,7 @@
 """Opening images: what counts as usable, and the one exception of a sample that is not.
 
-Reference semantics: the picture as stored (EXIF orientation ignored), converted to RGB before anything else. A file that
-is cut short is refused, never half decoded.
+Reference semantics: the picture as stored (EXIF orientation ignored), converted to RGB before anything else. A file
+that is cut short is refused, never half decoded.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from PIL import Image
 
 from nvlm_train.errors import DataError
 
-# Pillow warns above this many pixels and gives up above twice as many; here the first is already refused: such a picture
-# takes a quarter of a GiB to decode and is more likely an attack or a mistake than a photograph.
+# Pillow warns above this many pixels and gives up above twice as many; here the first is already refused: such a
+# picture takes a quarter of a GiB to decode and is more likely an attack or a mistake than a photograph.
 MAX_PIXELS = 89_478_485
 
 
@@ -30,7 +30,8 @@ def _open(source: str | os.PathLike[str] | bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except FileNotFoundError as error:
-        raise BadSample("missing image", f"image {name} does not exist") from error
+        where = "" if isinstance(source, bytes) or os.fspath(source) == name else f" ({os.fspath(source)})"
+        raise BadSample("missing image", f"image {name} does not exist{where}") from error
     except Image.DecompressionBombError as error:
         raise BadSample("image too large", f"image {name} is too large: {error}") from error
     except MemoryError as error:

@@ -1,11 +1,12 @@
 """The length index: what planning needs to know of every sample, found in one pass over a source and kept on disk.
 
 A folder per source, `<name>-<key>/` with `rows.npy` (32 bytes a usable sample, memory-mapped) and `meta.json` (what was
-dropped and why). The key is a hash of everything a row depends on: the file's content, the tokenizer, template, tiling and
-limits; what has changed is indexed anew and never silently reused. Images are opened only as far as their headers.
+dropped and why). The key is a hash of everything a row depends on: the file's content, the tokenizer, template, tiling
+and limits; what has changed is indexed anew and never silently reused. Images are opened only as far as their headers,
+and they are no part of the key: an image that was missing stays dropped until the folder is deleted.
 
-Rank 0 builds into a temporary folder and renames it when whole; other ranks wait for that name. They tell a slow build from
-a dead one by a file that rank 0 touches while it works.
+Rank 0 builds into a temporary folder and renames it when whole; other ranks wait for that name. They tell a slow build
+from a dead one by a file that rank 0 touches while it works.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ FORMAT = 1
 OVERLONG = "over-long"
 WAIT_TIMEOUT_S = 300.0  # without a sign of life of rank 0
 _HEARTBEAT_S = 2.0
+_TELL_S = 10.0  # between lines of the log where there is no terminal for a progress bar
 _CHUNK_LINES = 512
 _WHOLE_FILE_BYTES = 64 << 20  # larger files are keyed by size, time and both ends instead of all their bytes
+_END_BYTES = 1 << 20
 _BAD_KEPT = 1000  # messages kept; counts are exact
 _BAD_SHOWN = 20
 _LIMITS = (8, 6, 4, 2, 1)  # Megatron's order of lowering the tile maximum of an over-long sample
@@ -157,8 +160,8 @@ def index_key(source: JsonlSource, settings: IndexSettings) -> str:
             content.update(file.read())
         else:
             parts["mtime_ns"] = status.st_mtime_ns
-            content.update(file.read(1 << 20))
-            file.seek(-(1 << 20), os.SEEK_END)
+            content.update(file.read(_END_BYTES))
+            file.seek(-_END_BYTES, os.SEEK_END)
             content.update(file.read())
     parts |= {"content": content.hexdigest(), "settings": settings.key_parts()}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -207,8 +210,9 @@ def _too_bad(index: SourceIndex, settings: IndexSettings, max_bad_share: float) 
         return f"{head} is empty; one JSON object a line is expected."
     if settings.overlong == "error" and index.dropped.get(OVERLONG):
         return _listing(
-            f"{head}: {index.dropped[OVERLONG]} of {index.num_lines} samples are longer than data.max_tokens_per_sample "
-            f"{settings.max_tokens} and data.overlong is 'error'; raise the limit, or set overlong to drop or fewer_tiles.",
+            f"{head}: {index.dropped[OVERLONG]} of {index.num_lines} samples are longer than "
+            f"data.max_tokens_per_sample {settings.max_tokens} and data.overlong is 'error'; "
+            "raise the limit, or set overlong to drop or fewer_tiles.",
             index,
             index.dropped[OVERLONG],
             lambda row: row.reason == OVERLONG,
@@ -293,15 +297,27 @@ def _scan(
     def size_of(path: str, name: str) -> tuple[int, int]:
         return image_size(path, name)
 
-    bar = tqdm(total=source.num_bytes, desc=f"index {source.name}", unit="B", unit_scale=True, delay=3.0, leave=False)
-    with bar:
+    told = beaten
+    with tqdm(
+        total=source.num_bytes,
+        desc=f"index {source.name}",
+        unit="B",
+        unit_scale=True,
+        delay=3.0,
+        leave=False,
+        disable=None,
+    ) as bar:
         for chunk in _chunks(source.lines(), _CHUNK_LINES):
             num_lines += len(chunk)
             rows, problems = _index_lines(chunk, source, settings, size_of)
             blocks.append(rows)
             dropped.update(row.reason for row in problems)
             bad.extend(problems[: _BAD_KEPT - len(bad)])
-            bar.update(chunk[-1].offset + len(chunk[-1].data) - bar.n)
+            done = chunk[-1].offset + len(chunk[-1].data)
+            bar.update(done - bar.n)
+            if bar.disable and time.monotonic() - told > _TELL_S:
+                told = time.monotonic()
+                log.info("index of source %r: %d lines, %.0f %%", source.name, num_lines, 100 * done / source.num_bytes)
             if time.monotonic() - beaten > _HEARTBEAT_S:
                 heartbeat.touch()
                 beaten = time.monotonic()

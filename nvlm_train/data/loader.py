@@ -1,13 +1,14 @@
 """From the order of data to batches: the plan every rank can compute alone, and the threads that carry it out.
 
-`open_data` reads the tokenizer and the indexes; the plan then says for any step which packs there are and who trains them.
-`StepLoader` decodes whole steps ahead with threads in the trainer's process: Pillow and the tokenizer release the GIL,
-and nothing needs to be handed over between processes.
+`open_data` reads the tokenizer and the indexes; the plan then says for any step which packs there are and who trains
+them. `StepLoader` decodes whole steps ahead with threads in the trainer's process: Pillow and the tokenizer release
+the GIL, and nothing needs to be handed over between processes.
 
-A sample that turns out bad only now (a damaged image, a changed file) leaves a hole in its pack: it is counted, logged to
-bad_samples.jsonl, and never replaced, so that no other sample moves. A source stops the run when more of its samples are
-bad than data.max_bad_share: distinct bad rows > share * min(rows of the source, max(samples seen, 1000)); or when the first 8
-samples seen of it are all bad (unless the share is 1). Each rank judges by the samples it has seen since its start.
+A sample that turns out bad only now (a damaged image, a changed file) leaves a hole in its pack: it is counted,
+logged to bad_samples.jsonl, and never replaced, so that no other sample moves. A source stops the run when it has
+more bad samples than data.max_bad_share allows: distinct bad rows > share * min(rows of the source, max(samples seen,
+1000)); or when the first 8 samples seen of it are all bad (unless the share is 1). Each rank judges by what it has
+seen since its start.
 """
 
 from __future__ import annotations
@@ -117,13 +118,14 @@ class DataPlan:
     @property
     def fingerprint(self) -> str:
         """Equal for two plans that yield the same samples in the same order and packs."""
-        parts = [
-            [name, self.indexes[name].key, len(self.indexes[name].rows), len(self.train_rows[name])]
-            for name in self.mixture.names
-        ]
-        order = [self.mixture.seed, [str(share) for share in self.mixture.shares], self.recipe.global_batch.samples]
-        text = json.dumps([parts, order, self.recipe.data.pack_tokens])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        order = [str(share) for share in self.mixture.shares]
+        limits = [self.mixture.seed, self.recipe.global_batch.samples, self.recipe.data.pack_tokens]
+        digest = hashlib.sha256(json.dumps([self.mixture.names, order, limits]).encode())
+        for name in self.mixture.names:
+            rows = self.indexes[name].rows[self.train_rows[name]]
+            for column in ("hash", "tokens", "tiles", "max_tiles"):  # not the paths: data may be moved
+                digest.update(np.ascontiguousarray(rows[column]).tobytes())
+        return digest.hexdigest()[:16]
 
     def draws(self, step: int) -> list[SampleRef]:
         """The samples of a step: positions step*N to (step+1)*N - 1 of the mixture, N = global_batch.samples."""
@@ -144,7 +146,7 @@ class DataPlan:
         return packing.deal(self.plan_step(step), self.world_size, self.recipe.micro_batch_size)
 
     def validation_sources(self) -> list[str]:
-        """Names that can be validated on: those of validation.sources, and sources of the mixture with a held-out part."""
+        """What can be validated on: validation.sources, and the sources of the mixture that have a held-out part."""
         if self.recipe.validation is None:
             return []
         return [*self.recipe.validation.sources, *(name for name in self.mixture.names if len(self.held_out[name]))]
@@ -190,8 +192,8 @@ class DataPlan:
         if len(rendered.tile_starts) != row["tiles"] or len(rendered.input_ids) != row["tokens"]:
             raise BadSample(
                 "changed image",
-                f"{len(rendered.tile_starts)} tiles and {len(rendered.input_ids)} tokens, but {row['tiles']} and {row['tokens']} "
-                "when it was indexed: an image has another size now",
+                f"{len(rendered.tile_starts)} tiles and {len(rendered.input_ids)} tokens, but {row['tiles']} and "
+                f"{row['tokens']} when it was indexed: an image has another size now",
             )
         return _Loaded(ref, rendered, tiles)
 
@@ -234,8 +236,8 @@ def open_data(recipe: schema.Recipe, *, rank: int, world_size: int) -> DataPlan:
         train_rows[name], held_out[name] = np.flatnonzero(~apart), np.flatnonzero(apart)
         if not len(train_rows[name]):
             raise DataError(
-                f"source {name!r}: validation.held_out_share {share} leaves none of its {len(apart)} samples to train on; "
-                "lower the share."
+                f"source {name!r}: validation.held_out_share {share} leaves none of its {len(apart)} samples to train "
+                "on; lower the share."
             )
         if share > 0 and not len(held_out[name]):
             log.warning("source %r: held_out_share %g takes none of its %d samples", name, share, len(apart))
@@ -370,10 +372,10 @@ class _Closed(Exception):
 
 
 class StepLoader:
-    """Iterates `StepData` of this rank from `start_step` to before `end_step`, decoding `data.prefetch_steps` steps ahead.
+    """Iterates `StepData` of this rank from `start_step` to before `end_step`, `data.prefetch_steps` steps ahead.
 
-    What it yields depends on the plan alone, not on the number of threads. Any error in a thread, and DataError when a source
-    has too many bad samples, is raised by `next`; the loader is closed then. Use it in a `with`, or call `close`.
+    What it yields depends on the plan alone, not on the number of threads. Any error in a thread, and DataError when a
+    source has too many bad samples, is raised by `next`; the loader is closed then. Use it in a `with`, or `close` it.
     """
 
     def __init__(self, plan: DataPlan, *, start_step: int, end_step: int) -> None:
@@ -424,7 +426,7 @@ class StepLoader:
         if self._stop.is_set():
             return
         plan = self._plan
-        while self._next_step < self._end_step and len(self._steps) <= plan.recipe.data.prefetch_steps:
+        while self._next_step < self._end_step and len(self._steps) < plan.recipe.data.prefetch_steps:
             futures = [
                 self._threads.submit(build_batch, plan, ranks[plan.rank], plan.chunks(ranks), self._stop)
                 for ranks in plan.deal_step(self._next_step)
@@ -480,8 +482,9 @@ class _BadSamples:
         only_bad = share < 1 and seen >= min(_FIRST_SAMPLES, rows) and bad >= min(seen, rows)
         if bad > allowed or only_bad:
             raise DataError(
-                f"source {name!r}: {bad} of {seen} samples seen cannot be used, more than data.max_bad_share {share} allows; "
-                f"the last is {self._plan.indexes[name].path}:{item.line}: {item.message}. All are in {self._file}."
+                f"source {name!r}: {bad} of {seen} samples seen cannot be used, more than data.max_bad_share {share} "
+                f"allows; the last is {self._plan.indexes[name].path}:{item.line}: {item.message}. "
+                f"All are in {self._file}."
             )
 
     def _write(self, step: int | None, item: _Bad) -> None:

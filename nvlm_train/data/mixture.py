@@ -1,7 +1,7 @@
 """The order of data: a pure function from (seed, sources and weights, position) to a sample.
 
-Ranks, workers and past draws appear nowhere in it, so any position can be asked for at once and every number of ranks sees
-the same stream. Three steps:
+Ranks, workers and past draws appear nowhere in it, so any position can be asked for at once and every number of ranks
+sees the same stream. Three steps:
 
 1. How many draws of each source the first N positions hold: N times its weight, rounded by largest remainder; taken at
    the ends of blocks of 1024 positions, so that every block has its exact share.
@@ -45,7 +45,7 @@ def _round_keys(key: str) -> tuple[int, ...]:
 def permute(values: NDArray[np.int64], size: int, key: str) -> NDArray[np.int64]:
     """Where a permutation of range(size), chosen by `key`, sends each of `values`.
 
-    Example: permute(np.arange(5), 5, "a") holds each of 0..4 once, and permute(np.array([3]), 5, "a") is its fourth entry.
+    Example: permute(np.arange(5), 5, "a") holds each of 0..4 once; permute(np.array([3]), 5, "a") is its fourth entry.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)

@@ -119,8 +119,8 @@ def pack(
 ) -> list[Pack]:
     """Packs of at most `capacity` tokens that hold each sample exactly once; the costliest pack first.
 
-    `twin`, unless it needs more packs than best-fit decreasing (small capacities). Raises ValueError when a sample does not
-    fit any pack; the index has dropped such samples.
+    `twin`, unless it needs more packs than best-fit decreasing (small capacities). Raises ValueError when a sample does
+    not fit any pack; the index has dropped such samples.
     """
     if len(tokens) and int(tokens.max()) > capacity:
         raise ValueError(f"a sample of {int(tokens.max())} tokens does not fit a pack of {capacity}")
@@ -141,8 +141,8 @@ def deal(packs: Sequence[Pack], world_size: int, micro_batch_size: int) -> list[
     """Who trains what: result[micro_step][rank] is a list of 1 to `micro_batch_size` packs.
 
     Packs of like cost meet in one micro-step. A rank that gets none takes a null pack, so that all ranks make the same
-    number of micro-steps: ceil(packs / (world_size * micro_batch_size)). Example, packs a..e by falling cost, 2 ranks, 1 pack
-    each: [[a],[b]], [[c],[d]], [[e],[null]].
+    number of micro-steps: ceil(packs / (world_size * micro_batch_size)). Example, packs a..e by falling cost, 2 ranks,
+    1 pack each: [[a],[b]], [[c],[d]], [[e],[null]].
     """
     turn = world_size * micro_batch_size
     dealt = []

@@ -1,11 +1,13 @@
 """Where samples come from: rows of a file, read at any position, brought into one form.
 
-The canonical sample is `Sample(messages, images)`: messages as `[{role, content: [{"text": str} | {"image": i}]}]`, images as
-paths in the order of the indices i. Two row forms are understood:
+The canonical sample is `Sample(messages, images)`: messages as `[{role, content: [{"text": str} | {"image": i}]}]`,
+images as paths in the order of the indices i. Two row forms are understood:
 
-    {"messages": [{"role": "user", "content": "<image>\\nWhat?"}, ...], "images": ["a.png"]}      OpenAI style; content may
-                                        be a list of {"type": "text"|"image_url"|"image", ...}, images in their places
-    {"conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...], "image": "a.png"}     LLaVA and ShareGPT
+    OpenAI style; content may also be a list of {"type": "text" | "image_url" | "image", ...}, images in their places
+    {"messages": [{"role": "user", "content": "<image>\\nWhat?"}, ...], "images": ["a.png"]}
+
+    LLaVA and ShareGPT; roles human, user, gpt, assistant, system
+    {"conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...], "image": "a.png"}
 
 The k-th `<image>` marker is the k-th image. Without any marker the images are put before the first user turn, a newline
 after each.
@@ -25,6 +27,7 @@ from nvlm_train.errors import DataError
 from nvlm_train.recipe import schema
 
 MARKER = "<image>"
+_FORMS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 
@@ -90,7 +93,7 @@ class JsonlSource:
         return os.pread(self._file, num_bytes, offset)
 
     def image_path(self, image: str) -> str:
-        """Where an image of a row lies. Raises BadSample when the path leaves the image root, links followed."""
+        """Where an image of a row lies, links resolved. Raises BadSample when that is outside the image root."""
         if "\0" in image:
             raise BadSample("bad image path", f"image path {image!r} holds a zero byte")
         path = os.path.join(self.image_root, image)
@@ -106,7 +109,7 @@ class JsonlSource:
                 "image outside root",
                 f"image {image!r} lies outside {self.image_root}; set image_root to a folder that holds all",
             )
-        return path
+        return real
 
 
 def parse_line(data: bytes) -> Sample:
@@ -127,12 +130,11 @@ def parse_row(row: Any) -> Sample:
     """A decoded row to a canonical sample. Raises BadSample with the reason."""
     if not isinstance(row, dict):
         raise BadSample("not an object", f"the line holds a {type(row).__name__}; one JSON object a line is expected")
-    for field, role_key, content_key in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if row.get(field) is not None:
-            turns = row[field]
-            break
-    else:
+    field = next((name for name in _FORMS if row.get(name) is not None), None)
+    if field is None:
         raise BadSample("no conversation", f"neither 'messages' nor 'conversations'; the row has {sorted(row)[:8]}")
+    role_key, content_key = _FORMS[field]
+    turns = row[field]
     if not isinstance(turns, list):
         raise BadSample("no conversation", f"{field!r} is a {type(turns).__name__}, not a list of turns")
     if not turns:
@@ -167,8 +169,8 @@ def parse_row(row: Any) -> Sample:
         if images or markers:
             raise BadSample(
                 "marker count",
-                f"{len(placed)} image parts with a path beside {markers} {MARKER} markers and {len(images)} listed images; "
-                "use one way of placing images",
+                f"{len(placed)} image parts with a path beside {markers} {MARKER} markers and {len(images)} listed "
+                "images; use one way of placing images",
             )
         images = placed
     elif markers == 0 and images:
@@ -248,7 +250,7 @@ def _valid(text: str, number: int) -> str:
 def _check_turn(message: dict[str, Any], number: int) -> None:
     has_image = any("image" in part for part in message["content"])
     if has_image and message["role"] != "user":
-        raise BadSample("image in answer", f"turn {number} ({message['role']}) holds an image; only user turns may")
+        raise BadSample("image place", f"turn {number} ({message['role']}) holds an image; only user turns may")
     if message["role"] == "assistant" and not "".join(part["text"] for part in message["content"]).strip():
         raise BadSample("empty answer", f"turn {number} is an empty assistant turn")
 

@@ -1,8 +1,8 @@
 """Dynamic high-resolution tiling: which grid an image is cut into, and the cut itself.
 
-The rule of InternVL 1.5, which the NVLM paper uses unchanged (section 4.1): of all grids of at most `max_tiles` tiles take
-the one whose aspect is nearest to the image's, stretch the image onto it, cut row by row, and let a thumbnail of the
-whole follow where there is more than one tile.
+The rule of InternVL 1.5, which the NVLM paper uses unchanged (section 4.1): of all grids of at most `max_tiles` tiles
+take the one whose aspect is nearest to the image's, stretch the image onto it, cut row by row, and let a thumbnail of
+the whole follow where there is more than one tile.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def choose_grid(width: int, height: int, max_tiles: int, tile_size: int) -> Grid
     """Columns and rows for an image of `width` x `height` pixels.
 
     The grid i:j with the smallest |W/H - i/j|; on an exact tie the later, larger grid wins only if the image has more
-    than half its pixels: W*H > 0.5 * tile_size^2 * i * j. Example at 448 pixels and 6 tiles: a square of 600 x 600 gives
-    (1, 1), one of 640 x 640 (409,600 > 401,408 pixels) gives (2, 2). Source: nvlm's published README code, restated.
+    than half its pixels: W*H > 0.5 * tile_size^2 * i * j. Example at 448 pixels and 6 tiles: a square of 600 x 600
+    gives (1, 1), one of 640 x 640 (409,600 > 401,408 pixels) gives (2, 2). Source: the published model card's rule.
     """
     aspect = width / height
     best, best_difference = (1, 1), float("inf")
@@ -55,8 +55,8 @@ def num_tiles(width: int, height: int, max_tiles: int, tile_size: int, thumbnail
 def cut(image: Image.Image, max_tiles: int, tile_size: int, thumbnail: bool) -> NDArray[np.uint8]:
     """Cuts an RGB image into tiles, row by row, the thumbnail last.
 
-    Returns u8[t, 3, px, px]. The image is stretched to the grid without keeping its aspect (Pillow's bicubic). An image of
-    one tile gets no thumbnail: the tile is the whole image already.
+    Returns u8[t, 3, px, px]. The image is stretched to the grid without keeping its aspect (Pillow's bicubic). An image
+    of one tile gets no thumbnail: the tile is the whole image already.
     """
     if image.mode != "RGB":
         raise ValueError(f"image mode {image.mode!r}; cut() takes RGB, as open_image() returns it")

@@ -36,8 +36,8 @@ class ChatTokenizer:
         missing = [token for token in (IM_START, IM_END, PAD, IMAGE_TOKEN) if tokenizer.token_to_id(token) is None]
         if missing:
             raise DataError(
-                f"{where}: the tokenizer lacks {', '.join(missing)}; the chat format needs {IM_START}, {IM_END}, {PAD} and "
-                f"{IMAGE_TOKEN} (all Qwen2 tokenizers have them)."
+                f"{where}: the tokenizer lacks {', '.join(missing)}; the chat format needs {IM_START}, {IM_END}, {PAD} "
+                f"and {IMAGE_TOKEN} (all Qwen2 tokenizers have them)."
             )
         tokenizer.no_padding()
         tokenizer.no_truncation()

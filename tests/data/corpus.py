@@ -62,7 +62,9 @@ def turns(question: str, answer: str) -> list[dict[str, Any]]:
 def write_rows(path: Path, rows: list[Any]) -> Path:
     """One line a row; strings are written as they are, bytes too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows]
+    lines = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
+    ]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
 
@@ -99,7 +101,8 @@ def make_recipe(folder: Path, mixture: dict[str, Any], **changes: Any) -> schema
         "output_dir": str(folder / "run"),
         "model": {
             "vision": dict(
-                hidden_size=12, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, image_size=TILE, patch_size=2
+                hidden_size=12, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, image_size=TILE,
+                patch_size=2,
             ),
             "language_model": dict(
                 hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
