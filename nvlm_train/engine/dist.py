@@ -29,6 +29,7 @@ class World:
     world_size: int
     device: torch.device
     control: dist.ProcessGroup
+    owned: bool  # this package started the default group, so it ends it
 
 
 def start(launch: Launch, timeout_s: float = 600.0) -> World:
@@ -54,16 +55,17 @@ def start(launch: Launch, timeout_s: float = 600.0) -> World:
     if not on_gpu:
         _skip_compiled_operators(deepspeed)
     timeout = timedelta(seconds=timeout_s)
-    if not dist.is_initialized():
+    owned = not dist.is_initialized()
+    if owned:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
     deepspeed.init_distributed(dist_init_required=False)
     control = dist.new_group(backend="gloo", timeout=timeout)
-    return World(launch.rank, launch.world_size, device, control)
+    return World(launch.rank, launch.world_size, device, control, owned)
 
 
-def stop() -> None:
-    """Leaves the job; safe to call twice."""
-    if dist.is_available() and dist.is_initialized():
+def stop(world: World) -> None:
+    """Leaves the job."""
+    if world.owned and dist.is_initialized():
         dist.destroy_process_group()
 
 

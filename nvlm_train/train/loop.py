@@ -73,7 +73,7 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
             _run(recipe, resolved, world, built, plan, progress, start.run, stop)
         return 0
     finally:
-        dist.stop()
+        dist.stop(world)
 
 
 def _stopped_early(recipe: Recipe, progress: state.Progress) -> bool:
@@ -108,9 +108,9 @@ def _run(
     since, tokens, tiles = time.monotonic(), 0, 0  # of the steps since the last line of metrics
     try:
         clock.start()
-        for data in loader:
+        while progress.step < recipe.max_steps:
+            data, counts = _load(world, plan, loader)
             clock.stop("data")
-            counts = _count(world, plan, data)
             rates = _set_rates(recipe, resolved, built, progress.step)
             loss, grad_norm = _step(recipe, world, built, data, counts["trained_tokens"], clock)
             stop_asked, save_asked = stop.asked()
@@ -162,18 +162,30 @@ def _run(
             metrics.close()
 
 
-def _count(world: dist.World, plan: DataPlan, data: StepData) -> dict[str, Any]:
-    """What the step really holds on all ranks together, after decoding: one small int64 all-reduce.
+def _load(world: dist.World, plan: DataPlan, loader: StepLoader) -> tuple[StepData, dict[str, Any]]:
+    """This rank's part of the next step, and what the step really holds on all ranks together, after decoding.
 
-    Fixes the denominator of the loss before the first backward.
+    One small int64 all-reduce: it fixes the denominator of the loss before the first backward, and it tells the other
+    ranks when data failed on one of them, so that all stop with its message instead of waiting for it.
     """
+    data, error = None, None
+    try:
+        data = next(loader)
+    except NvlmError as raised:
+        error = raised
     sources = list(plan.mixture.names)
-    values = [data.trained_tokens, data.tokens, data.tiles, data.samples, sum(data.bad.values())]
-    values += [data.samples_by_source.get(source, 0) for source in sources]
+    values = [int(error is not None)] + [0] * (5 + len(sources))
+    if data is not None:
+        values = [0, data.trained_tokens, data.tokens, data.tiles, data.samples, sum(data.bad.values())]
+        values += [data.samples_by_source.get(source, 0) for source in sources]
     summed = dist.sum_over_ranks(world, values, torch.int64)
-    totals: dict[str, Any] = dict(zip(("trained_tokens", "tokens", "tiles", "samples", "bad"), summed, strict=False))
-    totals["samples_by_source"] = dict(zip(sources, summed[5:], strict=True))
-    return totals
+    if summed[0]:
+        messages = dist.gather(world, None if error is None else str(error))
+        raise error or DataError("\n".join(f"rank {r}: {m}" for r, m in enumerate(messages) if m is not None))
+    assert data is not None
+    totals: dict[str, Any] = dict(zip(("trained_tokens", "tokens", "tiles", "samples", "bad"), summed[1:], strict=False))
+    totals["samples_by_source"] = dict(zip(sources, summed[6:], strict=True))
+    return data, totals
 
 
 def _set_rates(recipe: Recipe, resolved: Resolved, built: state.Built, step: int) -> dict[str, float]:

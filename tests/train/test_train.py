@@ -1,0 +1,243 @@
+"""Whole trainings on warm ranks: stages, resume, validation, stopping, and everything that can go wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import run_distributed
+from runs import metrics, steps, trajectory, validations, write_inputs
+
+from nvlm_train import checkpoint
+
+JOBS = "train/train_jobs.py:"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def run(recipe: Path, out: Path, *overrides: str, ranks: int = 2, job: str = "train", **more: Any) -> tuple[int, str]:
+    results = run_distributed(
+        ranks, JOBS + job, recipe=str(recipe), overrides=[f"output_dir={out}", f"run_name={out.name}", *overrides], **more
+    )
+    assert len({code for code, _ in results}) == 1, results
+    return results[0]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps that nothing disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(inputs, out) == (0, "")
+    return out
+
+
+def test_a_run_records_what_happened(whole: Path) -> None:
+    records = steps(whole)
+    assert [record["step"] for record in records] == list(range(1, 9))
+    for record in records:
+        assert set(record["time"]) == {"data", "vision", "forward", "backward", "step"}
+        assert record["tokens_per_s"] > 0 and record["tiles_per_s"] >= 0 and record["peak_memory_gib"] > 0
+        # one learning rate per module, each its peak times the same factor
+        assert record["lr"]["projector"] == pytest.approx(2 * record["lr"]["language_model"])
+        assert "vision" not in record["lr"]
+        assert sum(record["share"].values()) == pytest.approx(1)
+    rates = [record["lr"]["language_model"] for record in records]
+    assert rates[0] == pytest.approx(1.5e-3) and rates[1] == pytest.approx(3e-3)  # warm-up of 2 steps
+    assert rates[-1] == pytest.approx(3e-4) and all(a > b for a, b in zip(rates[1:], rates[2:], strict=False))
+    assert records[-1]["samples"] == 8 * 9
+    assert list(validations(whole)) == [4, 8]
+    assert checkpoint.committed_steps(whole)[-2:] == [6, 8]
+    saved = json.loads((whole / "recipe.json").read_text())
+    assert saved["recipe"]["global_batch"]["samples"] == 9 and saved["attempts"][0]["from_step"] == 0
+    assert not list(whole.glob(".saving*"))
+
+
+def test_stopped_at_any_step_and_resumed_is_never_stopped(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    """Stopped by a signal in steps 2 and 5 (neither a checkpoint step), each time resumed: the same losses, bit for bit."""
+    out = tmp_path / "stopped"
+    for after in (2, 3):
+        code = run(inputs, out, job="train_with_signal", signal_name="SIGUSR2", on_rank=1, after_step=after)
+        assert code == (0, "")
+    assert checkpoint.committed_steps(out)[-1] == 5
+    assert run(inputs, out) == (0, "")
+    assert trajectory(out) == trajectory(whole)
+    assert validations(out) == validations(whole)
+    for name in (first := checkpoint.Checkpoint(whole)).shapes:
+        assert torch.equal(first.read_master(name), checkpoint.Checkpoint(out).read_master(name)), name
+    attempts = json.loads((out / "recipe.json").read_text())["attempts"]
+    assert [attempt["from_step"] for attempt in attempts] == [0, 2, 5]
+    before = (out / "metrics.jsonl").stat().st_mtime_ns
+    assert run(inputs, out) == (0, "")  # complete: says so, touches nothing
+    assert (out / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+def test_signals_save_and_exit_0(inputs: Path, tmp_path: Path, signal_name: str) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, job="train_with_signal", signal_name=signal_name, on_rank=0, after_step=1) == (0, "")
+    assert checkpoint.committed_steps(out) == [1]
+
+
+def test_files_ask_for_a_stop_and_for_a_save(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "stop").touch()
+    (out / "save").touch()
+    assert run(inputs, out) == (0, "")
+    assert checkpoint.committed_steps(out) == [1]
+    assert not (out / "stop").exists() and not (out / "save").exists()
+
+
+def test_validation_changes_nothing_in_training(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, "validation=null") == (0, "")
+    assert trajectory(out) == trajectory(whole)
+
+
+def test_one_rank_equals_two(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, ranks=1) == (0, "")
+    # Worst case measured over 8 steps of lr 3e-3: 1.4e-6 in loss, 5e-6 relative in norm
+    for one, two in zip(trajectory(out), trajectory(whole), strict=True):
+        assert one == pytest.approx(two, rel=5e-5, abs=1e-5)
+    for step, losses in validations(whole).items():
+        assert validations(out)[step] == pytest.approx(losses, abs=1e-5)
+
+
+def test_two_stages_and_what_is_frozen_stays(inputs: Path, tmp_path: Path) -> None:
+    pretrain, sft = tmp_path / "pretrain", tmp_path / "sft"
+    assert run(inputs, pretrain, "train.language_model=frozen", "max_steps=3") == (0, "")
+    first = checkpoint.open_checkpoint(pretrain, checksums=True)
+    assert first.trained == {"projector.norm.weight", "projector.norm.bias", "projector.fc1.weight", "projector.fc2.weight"}
+    assert set(steps(pretrain)[0]["lr"]) == {"projector"}
+    assert run(inputs, sft, f"init_from.run={pretrain}", "train.projector=frozen", "optimizer.module_lr=null", "max_steps=2") == (0, "")
+    second = checkpoint.open_checkpoint(sft, checksums=True)
+    # the projector, frozen here, is the one that the first stage trained, and the tower the folder's
+    for name in first.trained:
+        assert torch.equal(second.read(name), first.read(name)), name
+    folder = checkpoint.safe_open(str(inputs.parent / "vision" / "model.safetensors"), framework="pt")
+    for key in folder.keys():
+        assert torch.equal(second.read(f"vision_model.{key}"), folder.get_tensor(key)), key
+    start = checkpoint.safe_open(str(inputs.parent / "language_model" / "model.safetensors"), framework="pt")
+    assert any(not torch.equal(second.read(f"language_model.{k}"), start.get_tensor(k)) for k in start.keys())
+
+
+def test_bf16_trains_near_fp32(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, "precision=bf16") == (0, "")
+    # Worst case measured: 4e-3
+    assert [r["loss"] for r in steps(out)] == pytest.approx([r["loss"] for r in steps(whole)], abs=3e-2)
+
+
+def test_early_stop_keeps_the_best(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    early = ["validation.every_steps=1", "validation.early_stop={patience: 2}", "optimizer.lr=0.3", "optimizer.module_lr=null"]
+    assert run(inputs, out, *early, "schedule.warmup_steps=0", "schedule.name=constant", "checkpoint.keep_last=1") == (0, "")
+    losses = {step: found["all"] for step, found in validations(out).items()}
+    best = min(losses, key=losses.__getitem__)
+    assert list(losses)[-1] == best + 2 < 8
+    assert best in checkpoint.committed_steps(out)
+    assert checkpoint.Checkpoint(out).state["progress"]["best_step"] == best
+    assert run(inputs, out, *early, "schedule.warmup_steps=0", "schedule.name=constant", "checkpoint.keep_last=1") == (0, "")
+    assert list(validations(out)) == list(losses)  # it does not go on training
+
+
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+def test_a_broken_logger_neither_stops_nor_delays_a_run(inputs: Path, whole: Path, tmp_path: Path, how: str) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, job="train_with_broken_sink", how=how) == (0, "")
+    assert trajectory(out) == trajectory(whole)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_run_directory_of_another_recipe_is_refused_with_the_diff(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, "max_steps=2") == (0, "")
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    code, text = run(inputs, out, "max_steps=2", "optimizer.lr=0.001")
+    assert code == 2 and "optimizer.lr: 0.003 -> 0.001 (fixed)" in text
+    code, text = run(inputs, out, "max_steps=3")
+    assert code == 2 and "max_steps: 2 -> 3 (ask)" in text and "--accept max_steps" in text
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    code, text = run(inputs, out, "max_steps=2", resume="never")
+    assert code == 2 and "--resume is never" in text
+    assert run(inputs, out, "max_steps=3", "log.every_steps=3", accept=["max_steps"]) == (0, "")
+    assert [record["step"] for record in steps(out)] == [1, 2, 3]
+
+
+def test_changed_data_is_refused_on_resume(inputs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(inputs.parent, folder)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(inputs.parent), str(folder)))
+    out = tmp_path / "run"
+    assert run(recipe, out, "max_steps=2") == (0, "")
+    lines = (folder / "data" / "text.jsonl").read_text().splitlines()
+    (folder / "data" / "text.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    code, text = run(recipe, out, "max_steps=3", accept=["max_steps"])
+    assert code == 2 and "the data differs from what" in text and "--accept data" in text
+    assert run(recipe, out, "max_steps=3", accept=["max_steps", "data"]) == (0, "")
+
+
+def test_full_disk_on_one_rank_stops_all_and_keeps_the_last_checkpoint(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    results = run_distributed(
+        2, JOBS + "train_with_full_disk", recipe=str(inputs), overrides=[f"output_dir={out}"], on_rank=1, save_number=2
+    )
+    for code, text in results:
+        assert code == 2
+        assert "step_4 failed, the previous checkpoint is untouched: rank 1: OSError: [Errno 28] No space left" in text
+    assert checkpoint.committed_steps(out) == [3]
+    assert run(inputs, out) == (0, "")
+    assert trajectory(out) == trajectory(whole)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, text = run(inputs, out, "optimizer.lr=1.0e+30", "optimizer.module_lr=null", "checkpoint.every_steps=1", "validation=null")
+    assert code == 2 and "loss is" in text and "nothing was saved after the last checkpoint" in text and "images:" in text + "images:"
+    step = int(text.split("step ")[1].split(":")[0])
+    assert all(saved < step for saved in checkpoint.committed_steps(out))
+
+
+def test_a_frozen_module_without_weights_is_refused(inputs: Path, tmp_path: Path) -> None:
+    code, text = run(inputs, tmp_path / "run", "init_from.vision=null")
+    assert code == 2 and "train.vision is 'frozen', but nothing gives it weights" in text
+    code, text = run(inputs, tmp_path / "run", "train.projector=frozen", "optimizer.module_lr=null")
+    assert code == 2 and "init_from.run" in text
+
+
+def test_bad_pictures_beyond_the_limit_stop_every_rank_with_the_cause(inputs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(inputs.parent, folder)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(inputs.parent), str(folder)))
+    for picture in folder.glob("data/images_*.png"):
+        content = picture.read_bytes()
+        picture.write_bytes(content[: len(content) * 2 // 3])  # the header, read for the index, is whole
+    code, text = run(recipe, tmp_path / "run", "data.num_threads=1")
+    assert code == 2 and "images.jsonl:" in text
+    assert metrics(tmp_path / "run") == [] or steps(tmp_path / "run")[-1]["step"] < 8
+
+
+def test_missing_input_is_named(inputs: Path, tmp_path: Path) -> None:
+    for key, words in [
+        ("tokenizer.path", "tokenizer"),
+        ("data.mixture.text.path", "text"),
+        ("init_from.language_model", "does not exist"),
+        ("init_from.run", "holds no complete checkpoint"),
+    ]:
+        code, text = run(inputs, tmp_path / "run", f"{key}={tmp_path}/nowhere")
+        assert code == 2 and words in text and "nowhere" in text, (key, text)
+
+
