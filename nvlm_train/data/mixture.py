@@ -5,9 +5,9 @@ sees the same stream. Three steps:
 
 1. How many draws of each source the first N positions hold: N times its weight, rounded by largest remainder; taken at
    the ends of blocks of 1024 positions, so that every block has its exact share.
-2. Inside a block the places are shuffled by a keyed permutation.
+2. Inside a block a keyed permutation decides which places belong to which source.
 3. The k-th draw of a source of n rows is row P(k mod n) of epoch k div n, where P is a keyed permutation of the rows,
-   another one for each source and epoch.
+   another one for each source and epoch. Draws are numbered by position, so no row comes again before all have come.
 
 The permutations are Feistel networks on the next power of four, applied again until the value is in range ("cycle
 walking"): bijections with random access and no memory.
@@ -117,23 +117,20 @@ class Mixture:
         if block in self._blocks:
             return self._blocks[block]
         before, after = self.counts(block), self.counts(block + 1)
-        source = np.empty(self.block, dtype=np.int32)
+        ends = np.cumsum([end - first for first, end in zip(before, after, strict=True)])
+        places = permute(np.arange(self.block, dtype=np.int64), self.block, f"{self.seed}/block/{block}")
+        source = np.searchsorted(ends, places, side="right").astype(np.int32)
         row = np.empty(self.block, dtype=np.int64)
         epoch = np.empty(self.block, dtype=np.int64)
-        at = 0
-        for d, (first, end) in enumerate(zip(before, after, strict=True)):
-            part = slice(at, at + end - first)
-            at = part.stop
-            drawn = first + np.arange(end - first, dtype=np.int64)
-            source[part] = d
-            epoch[part] = drawn // self.sizes[d]
-            in_epoch = drawn % self.sizes[d]
-            for e in np.unique(epoch[part]).tolist():
-                chosen = epoch[part] == e
-                key = f"{self.seed}/rows/{self.names[d]}/{e}"
-                row[part][chosen] = permute(in_epoch[chosen], self.sizes[d], key)
-        places = permute(np.arange(self.block, dtype=np.int64), self.block, f"{self.seed}/block/{block}")
-        drawn_block = Draws(source[places], row[places], epoch[places])
+        for d, (first, size) in enumerate(zip(before, self.sizes, strict=True)):
+            mine = np.flatnonzero(source == d)
+            drawn = first + np.arange(len(mine), dtype=np.int64)  # in the order of positions: epochs do not mix
+            epoch[mine] = drawn // size
+            for e in np.unique(epoch[mine]).tolist():
+                chosen = mine[epoch[mine] == e]
+                in_epoch = (drawn % size)[epoch[mine] == e]
+                row[chosen] = permute(in_epoch, size, f"{self.seed}/rows/{self.names[d]}/{e}")
+        drawn_block = Draws(source, row, epoch)
         while len(self._blocks) >= 4:
             self._blocks.pop(next(iter(self._blocks)), None)
         self._blocks[block] = drawn_block
