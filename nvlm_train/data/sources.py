@@ -55,7 +55,9 @@ class JsonlSource:
         self.name = name
         self.path = Path(settings.path)
         self.image_root = Path(settings.image_root) if settings.image_root is not None else self.path.parent
-        self._real_root = os.path.realpath(self.image_root)
+        self._inside = os.path.join(
+            os.path.realpath(self.image_root), ""
+        )  # with its last slash: a/data2 is not in a/data
         self._real_folders: dict[str, str] = {}
         try:
             self._file = os.open(self.path, os.O_RDONLY)
@@ -104,7 +106,7 @@ class JsonlSource:
         real = os.path.join(real_folder, base)
         if os.path.islink(real):
             real = os.path.realpath(real)
-        if os.path.commonpath([real, self._real_root]) != self._real_root:
+        if not real.startswith(self._inside):
             raise BadSample(
                 "image outside root",
                 f"image {image!r} lies outside {self.image_root}; set image_root to a folder that holds all",
