@@ -7,9 +7,9 @@
     RUN/step_N/state.json       step, shapes, groups, data position, and a manifest with size and SHA-256 of each file
     RUN/step_N/COMMITTED        written last: a checkpoint without it does not exist
 
-A save has two phases: all ranks write and fsync into a temporary folder; only after every rank has reported success does
-rank 0 write the manifest, rename the folder and set the marker. A save that is interrupted anywhere leaves the previous
-checkpoint untouched. Imports torch, never deepspeed, so that export and verify run on a laptop.
+A save has two phases: all ranks write and fsync into a temporary folder; only after every rank has reported success
+does rank 0 write the manifest, rename the folder and set the marker. A save that is interrupted anywhere leaves the
+previous checkpoint untouched. Imports torch, never deepspeed, so that export and verify run on a laptop.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ _SAFE_CLASSES = {
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath"),
-} | {("torch", str(dtype).removeprefix("torch.")) for dtype in (torch.float32, torch.bfloat16, torch.float16)}  # fmt: skip
+} | {("torch", name) for name in ("float32", "bfloat16", "float16")}  # fmt: skip
 
 
 class _DataOnlyUnpickler(pickle.Unpickler):
@@ -332,7 +332,9 @@ class Checkpoint:
             found = file.stat().st_size if file.is_file() else None
             if found != entry["bytes"]:
                 wrong = "is missing" if found is None else f"has {found:,} bytes"
-                raise CheckpointError(f"{file} {wrong}, its manifest says {entry['bytes']:,}: the checkpoint is damaged")
+                raise CheckpointError(
+                    f"{file} {wrong}, its manifest says {entry['bytes']:,}: the checkpoint is damaged"
+                )
         self._reader = _Reader(self.path / "weights")
         self._reader.read_metadata()
 
@@ -348,7 +350,9 @@ class Checkpoint:
     def read_many(self, wanted: Mapping[tuple[str, str], tuple[int, int]]) -> dict[tuple[str, str], Tensor]:
         """{(name, key): (begin, end)} → {(name, key): f32[end - begin]}, ranges of the flattened parameters."""
         out = {pair: torch.empty(end - begin, dtype=torch.float32) for pair, (begin, end) in wanted.items()}
-        ranges = {f"{key}/{name}": (wanted[name, key][0], tensor) for (name, key), tensor in out.items() if tensor.numel()}
+        ranges = {
+            f"{key}/{name}": (wanted[name, key][0], tensor) for (name, key), tensor in out.items() if tensor.numel()
+        }
         if ranges:
             tensors = {key: tensor for key, (_, tensor) in ranges.items()}
             try:
@@ -369,22 +373,48 @@ class Checkpoint:
 
 
 def write_base(run: Path, frozen: Mapping[str, str]) -> None:
-    """Writes RUN/base.json: where each frozen weight comes from.
+    """Writes RUN/base.json: where each frozen weight comes from. On a later start: checks that it is still the same.
 
-    frozen: {our name: "FILE:KEY"} for a tensor of a safetensors file, {our name: "RUN/step_N:NAME"} for a weight that an
-    earlier run of ours trained.
+    frozen: {our name: "FILE:KEY"} for a tensor of a safetensors file, {our name: "RUN/step_N:NAME"} for a weight that
+    an earlier run of ours trained. Files may have moved; raises CheckpointError where their content differs.
     """
-    places = {name: where.rsplit(":", 1) for name, where in frozen.items()}
+    path = run / "base.json"
+    before = read_json(path) if path.exists() else {"files": {}, "tensors": {}}
+    split = {name: where.rsplit(":", 1) for name, where in frozen.items()}
+    places = {name: (str(Path(place).resolve()), key) for name, (place, key) in split.items()}
     files = sorted({place for place, _ in places.values()})
-    hashed = [file for file in files if Path(file).is_file()]
     with ThreadPoolExecutor(4) as pool:
-        sums = dict(zip(hashed, pool.map(lambda file: sha256(Path(file)), hashed), strict=True))
-    content = {
-        "format": FORMAT,
-        "files": {file: {"bytes": Path(file).stat().st_size, "sha256": sums[file]} for file in hashed},
-        "tensors": {name: {"file": place, "key": key} for name, (place, key) in sorted(places.items())},
-    }
-    write_json(run / "base.json", content)
+        identities = pool.map(lambda file: _identity(file, before["files"].get(file)), files)
+        known = dict(zip(files, identities, strict=True))
+    tensors = {name: {"file": place, "key": key} for name, (place, key) in sorted(places.items())}
+    if path.exists():
+
+        def origins(files: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+            return {name: (files[entry["file"]]["sha256"], entry["key"]) for name, entry in tensors.items()}
+
+        old, new = origins(before["files"], before["tensors"]), origins(known, tensors)
+        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        if changed:
+            now = tensors.get(changed[0], {}).get("file", "nothing")
+            then = before["tensors"].get(changed[0], {}).get("file", "nothing")
+            raise CheckpointError(
+                f"{len(changed)} frozen weights are not those that {run} was started with, the first {changed[0]}: now "
+                f"from {now}, then from {then}; name the same weights in init_from, or start a new run"
+            )
+    write_json(path, {"format": FORMAT, "files": known, "tensors": tensors})
+
+
+def _identity(place: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Size, time and SHA-256 of a safetensors file; of a checkpoint those of its state.json, which holds all sums."""
+    file = _identity_file(place)
+    found = file.stat()
+    if known is not None and (known["bytes"], known["mtime_ns"]) == (found.st_size, found.st_mtime_ns):
+        return dict(known)  # 150 GB need not be read again at every start
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": sha256(file)}
+
+
+def _identity_file(place: str) -> Path:
+    return Path(place) / "state.json" if Path(place).is_dir() else Path(place)
 
 
 class CheckpointWeights:
@@ -406,7 +436,7 @@ class CheckpointWeights:
         self._open: dict[str, Any] = {}
         wrong = []
         for file, entry in base["files"].items():
-            path_ = Path(file)
+            path_ = _identity_file(file)
             if not path_.is_file():
                 wrong.append(f"{file} is missing")
             elif path_.stat().st_size != entry["bytes"]:

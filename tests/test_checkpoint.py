@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import run_distributed
 from safetensors.torch import save_file
 
+from helpers import run_distributed
 from nvlm_train import checkpoint
 from nvlm_train.errors import CheckpointError
 
@@ -33,7 +33,15 @@ def _slices(offset: float = 0.0) -> dict[str, dict[str, torch.Tensor]]:
 
 def _save(run: Path, step: int, offset: float = 0.0) -> Path:
     return checkpoint.save(
-        run, step, _slices(offset), SHAPES, {"adam_step": step}, rank=0, world_size=1, control=None, gather=lambda v: [v]
+        run,
+        step,
+        _slices(offset),
+        SHAPES,
+        {"adam_step": step},
+        rank=0,
+        world_size=1,
+        control=None,
+        gather=lambda v: [v],
     )
 
 
@@ -47,7 +55,9 @@ def test_saved_and_read_in_any_range(tmp_path: Path) -> None:
         for begin, end in [(0, torch.Size(shape).numel()), (2, 5), (6, 6)]:
             found = opened.read_many({(name, "exp_avg"): (begin, end)})[name, "exp_avg"]
             assert torch.equal(found, expected[name]["exp_avg"][begin:end])
-    assert torch.equal(opened.read_master("projector.fc1.weight"), expected["projector.fc1.weight"]["master"].view(5, 3))
+    assert torch.equal(
+        opened.read_master("projector.fc1.weight"), expected["projector.fc1.weight"]["master"].view(5, 3)
+    )
 
 
 def test_the_newest_complete_checkpoint_is_found_and_old_ones_go(tmp_path: Path) -> None:
@@ -65,7 +75,7 @@ def test_the_newest_complete_checkpoint_is_found_and_old_ones_go(tmp_path: Path)
 def test_a_save_cut_off_anywhere_leaves_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """The process dies (BaseException, nothing cleans up) in the middle of saving step 6; then step 6 is saved again."""
+    """The process dies (nothing cleans up) in the middle of saving step 6; then step 6 is saved again."""
     _save(tmp_path, 3)
 
     class Killed(BaseException):
@@ -97,7 +107,9 @@ def test_full_disk_is_an_error_that_names_the_cause_and_keeps_the_last_checkpoin
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # no file may grow beyond 200 bytes
     try:
-        with pytest.raises(CheckpointError, match=r"saving .*step_6 failed, the previous checkpoint is untouched: rank 0"):
+        with pytest.raises(
+            CheckpointError, match=r"saving .*step_6 failed, the previous checkpoint is untouched: rank 0"
+        ):
             _save(tmp_path, 6)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -188,3 +200,18 @@ def test_saved_and_restored_goes_on_as_if_never_stopped(tmp_path: Path, stage: i
         # the same checkpoint on one rank: only the order of sums differs; worst case measured 5e-7
         other = run_distributed(1, job, folder=str(tmp_path), stage=3, precision=precision, restore_only=True)[0]
         torch.testing.assert_close(other["resumed"], found["uninterrupted"], rtol=0, atol=5e-6)
+
+
+def test_frozen_weights_may_move_but_not_change(tmp_path: Path) -> None:
+    run, first, second = tmp_path / "run", tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    run.mkdir()
+    save_file({"w": torch.arange(4.0)}, str(first))
+    shutil.copy(first, second)
+    checkpoint.write_base(run, {"vision_model.w": f"{first}:w"})
+    checkpoint.write_base(run, {"vision_model.w": f"{second}:w"})  # moved
+    assert json.loads((run / "base.json").read_text())["tensors"]["vision_model.w"]["file"] == str(second)
+    save_file({"w": torch.arange(4.0) + 1}, str(second))  # the same size
+    with pytest.raises(CheckpointError, match=r"1 frozen weights are not those .* the first vision_model\.w"):
+        checkpoint.write_base(run, {"vision_model.w": f"{second}:w"})
+    with pytest.raises(CheckpointError, match="now from nothing, then from"):
+        checkpoint.write_base(run, {})

@@ -13,7 +13,12 @@ VISION = dict(
     hidden_size=18, intermediate_size=30, num_hidden_layers=2, num_attention_heads=3, image_size=8, patch_size=2
 )
 LANGUAGE_MODEL = dict(
-    hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=61
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=61,
 )
 IMAGE_TOKENS = 4  # (8 / 2 / 2)^2 per tile
 
@@ -22,7 +27,9 @@ def model_config(**language_model: object) -> schema.Model:
     return schema.Model.model_validate({"vision": VISION, "language_model": {**LANGUAGE_MODEL, **language_model}})
 
 
-def seeded_model(config: schema.Model, seed: int = 3, *, with_vision: bool = True, dtype: torch.dtype = torch.float32) -> NvlmD:
+def seeded_model(
+    config: schema.Model, seed: int = 3, *, with_vision: bool = True, dtype: torch.dtype = torch.float32
+) -> NvlmD:
     """All parameters random, norms and LayerScale not constant, equal for equal seeds."""
     model = NvlmD(config, with_vision=with_vision)
     set_seeded(model, seed)

@@ -35,7 +35,8 @@ class World:
 def start(launch: Launch, timeout_s: float = 600.0) -> World:
     """Joins the job: sets the device, starts the groups and makes DeepSpeed use them.
 
-    A default group that runs already (a notebook's, a test's) is used as it is. Raises SetupError when this rank's GPU does not exist.
+    A default group that runs already (a notebook's, a test's) is used as it is.
+    Raises SetupError when this rank's GPU does not exist.
     """
     export_launch(launch)
     on_gpu = torch.cuda.is_available()

@@ -58,7 +58,9 @@ def partitioned_at_birth(config: dict[str, Any], dtype: torch.dtype) -> Abstract
     return deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype)
 
 
-def write_slice(world: World) -> tuple[Callable[[nn.Parameter], tuple[int, int] | None], Callable[[nn.Parameter, Tensor], None]]:
+def write_slice(
+    world: World,
+) -> tuple[Callable[[nn.Parameter], tuple[int, int] | None], Callable[[nn.Parameter, Tensor], None]]:
     """`slice_of` and `write` for `model.pretrained.fill`: each rank reads and writes only what it keeps."""
 
     def slice_of(parameter: nn.Parameter) -> tuple[int, int] | None:
@@ -123,7 +125,7 @@ def step(engine: Engine) -> float:
 
 
 def slice_bounds(numel: int, world: World) -> tuple[int, int]:
-    """Where this rank's slice of `numel` elements begins and ends. Example, 5 elements on 2 ranks: (0, 3) and (3, 5)."""
+    """Where this rank's slice of `numel` elements begins and ends. Example, 5 on 2 ranks: (0, 3), (3, 5)."""
     size = -(-numel // world.world_size)
     return min(world.rank * size, numel), min((world.rank + 1) * size, numel)
 
@@ -200,7 +202,7 @@ def _read_slice(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
 
 
 def _write_slice(
-    engine: Engine, name: str, parameter: nn.Parameter, key: str, read: Callable[[str, str, int, int], Tensor]
+    engine: Engine, name: str, parameter: Any, key: str, read: Callable[[str, str, int, int], Tensor]
 ) -> None:
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 

@@ -74,8 +74,8 @@ def resolve_launch(environ: Mapping[str, str] | None = None) -> Launch:
     elif "SLURM_STEP_ID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         if "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
             raise SetupError(
-                "srun started this step with several tasks, but MASTER_ADDR and MASTER_PORT are not set; export them in "
-                "the batch script: the first host of the allocation and a free port"
+                "srun started this step with several tasks, but MASTER_ADDR and MASTER_PORT are not set; export them "
+                "in the batch script: the first host of the allocation and a free port"
             )
         launch = Launch(
             launcher="srun",

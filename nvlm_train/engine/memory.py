@@ -27,7 +27,8 @@ def predict_memory(recipe: Recipe, world_size: int, parameters: dict[str, int]) 
 
     parameters: counts of the whole modules, as `model.flops.count_parameters` gives them.
     weights: what the engine shares out (a frozen tower is replicated instead: `tower_replicated`).
-    gradients: fp32 accumulation. optimizer: fp32 master, exp_avg, exp_avg_sq.
+    gradients: fp32 accumulation. optimizer: fp32 master, exp_avg, exp_avg_sq (stage 0: the weights are the
+    masters).
     gathered, buckets: what stage 3 holds whole at a time, and what is in flight in a reduction.
     activations: what stays until backward; recomputed_layer: the layer at work when all are recomputed.
     loss: logits and their gradient when every token is labelled (fewer in practice).
@@ -68,7 +69,7 @@ def predict_memory(recipe: Recipe, world_size: int, parameters: dict[str, int]) 
     predicted = {
         "weights": share(inside, 3) * number,
         "gradients": share(trainable, 2) * 4,
-        "optimizer": share(trainable, 1) * 12,
+        "optimizer": share(trainable, 1) * (12 if stage else 8),
         "tower_replicated": outside * number,
         "gathered": gathered * number if stage == 3 and ranks > 1 else 0,
         "buckets": min(trainable, recipe.zero.reduce_bucket_size)

@@ -62,7 +62,9 @@ def build_optimizer(groups: list[dict[str, Any]], optimizer: Optimizer, device_t
     """torch's AdamW over the groups; its fused form on a GPU."""
     kept = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     beta1, beta2 = optimizer.betas
-    return torch.optim.AdamW(kept, lr=optimizer.lr, betas=(beta1, beta2), eps=optimizer.eps, fused=device_type == "cuda")
+    return torch.optim.AdamW(
+        kept, lr=optimizer.lr, betas=(beta1, beta2), eps=optimizer.eps, fused=device_type == "cuda"
+    )
 
 
 def set_learning_rates(optimizer: Any, factor: float) -> dict[str, float]:

@@ -535,6 +535,10 @@ class Recipe(Section):
                     f"is more than model.language_model.max_position_embeddings {longest}; use at most {longest}",
                 )
             )
+        if self.zero.stage == 0 and self.precision == "bf16":
+            problems.append(
+                ("zero.stage", "has no fp32 masters for bf16 weights in DeepSpeed; use zero.stage=1 or precision=fp32")
+            )
         if self.schedule.min_lr > self.optimizer.lr:
             problems.append(
                 (

@@ -59,9 +59,12 @@ def data_lines(plan: DataPlan) -> list[str]:
     lines = []
     for name, share in zip(plan.mixture.names, plan.mixture.shares, strict=True):
         samples = len(plan.train_rows[name])
-        lines.append(f"{name}: {samples:,} samples, {float(share):.1%} of the mixture, {drawn * float(share) / samples:.2f} epochs")
+        epochs = drawn * float(share) / samples
+        lines.append(f"{name}: {samples:,} samples, {float(share):.1%} of the mixture, {epochs:.2f} epochs")
     lines += [f"{name}: validation, {len(plan.held_out[name]):,} samples" for name in plan.validation_sources()]
-    lines += [f"{name}: {count} lines dropped, {reason}" for (name, reason), count in sorted(plan.dropped_at_index.items())]
+    lines += [
+        f"{name}: {count} lines dropped, {reason}" for (name, reason), count in sorted(plan.dropped_at_index.items())
+    ]
     return lines
 
 
@@ -77,33 +80,54 @@ def first_screen(
     idle_gpus: int,
 ) -> str:
     """The text, one fact a line."""
-    numbers, trainable = resolved.parameters["total"], resolved.parameters["trainable"]
-    batch = resolved.batch
+    counts, trainable = resolved.parameters["total"], resolved.parameters["trainable"]
+    batch, memory = resolved.batch, dict(resolved.memory)
+    total = memory.pop("total")
     kernels = select(recipe.kernels, device.split(":")[0])
-    gib = {kind: size / 2**30 for kind, size in resolved.memory.items()}
-    lines = [
-        ("recipe", f"{recipe.run_name}  hash {resolved.recipe_hash}"),
-        ("code", f"git {attempt['git']}  " + "  ".join(f"{k} {v}" for k, v in attempt["versions"].items())),
-        ("world", f"{launch.verdict}, {device}"),
-        ("weights", f"{len(account.loaded)} tensors loaded, {len(account.initialised)} initialised from seed {recipe.seed}, "
-                    f"{len(account.ignored)} ignored"),
-        ("parameters", f"{sum(numbers.values()):,} in all, {sum(trainable.values()):,} trained"),
-        *[
-            ("", f"{module}: {count:,} " + (f"trained, lr {resolved.module_lr[module]:g}" if trainable[module] else "frozen"))
-            for module, count in numbers.items()
+    facts: dict[str, str | list[str]] = {
+        "recipe": f"{recipe.run_name}  hash {resolved.recipe_hash}",
+        "code": [
+            f"git {attempt['git']}",
+            "  ".join(f"{name} {version}" for name, version in attempt["versions"].items()),
         ],
-        ("batch", f"{batch.samples} samples a step in packs of {batch.pack_tokens} tokens, "
-                  f"{batch.world_size} ranks x {batch.micro_batch_size} packs a micro-step"),
-        *[("data" if i == 0 else "", line) for i, line in enumerate(data)],
-        ("memory", "predicted per rank: " + ", ".join(f"{kind} {size:.2f}" for kind, size in gib.items()) + " GiB"),
-        ("kernels", ", ".join(f"{op}: {name} ({reason})" for op, (name, reason) in kernels.items())),
-        ("run", f"{start.run}, " + (f"resumed from {start.checkpoint}" if start.checkpoint else "from the beginning")),
-    ]  # fmt: skip
+        "world": f"{launch.verdict}, {device}",
+        "weights": f"{len(account.loaded)} tensors loaded, {len(account.initialised)} initialised from seed "
+        f"{recipe.seed}, {len(account.ignored)} ignored",
+        "parameters": [
+            f"{sum(counts.values()):,} in all, {sum(trainable.values()):,} trained",
+            *(
+                f"{module}: {count:,} "
+                + (f"trained, lr {resolved.module_lr[module]:g}" if trainable[module] else "frozen")
+                for module, count in counts.items()
+            ),
+        ],
+        "batch": f"{batch.samples} samples a step in packs of {batch.pack_tokens} tokens, {batch.world_size} ranks x "
+        f"{batch.micro_batch_size} packs a micro-step",
+        "data": data,
+        "memory": [
+            f"{_bytes(total)} predicted per rank",
+            ", ".join(f"{kind} {_bytes(size)}" for kind, size in memory.items() if size),
+        ],
+        "kernels": [f"{op}: {name} ({reason})" for op, (name, reason) in kernels.items()],
+        "run": f"{start.run}, " + (f"resumed from {start.checkpoint}" if start.checkpoint else "from the beginning"),
+    }
     if start.changes:
-        lines.append(("changed", ", ".join(start.changes)))
+        facts["changed"] = f"{', '.join(start.changes)} since the last attempt"
     if idle_gpus:
-        lines.append(
-            ("hint", f"{idle_gpus} more GPUs are idle; use them with: torchrun --standalone --nproc_per_node "
-                     f"{idle_gpus + 1} -m nvlm_train train ...")
-        )  # fmt: skip
-    return "\n".join(f"{name:>10}  {text}" for name, text in lines)
+        facts["hint"] = (
+            f"{idle_gpus} more GPUs are idle; use them with: torchrun --standalone --nproc_per_node {idle_gpus + 1} "
+            "-m nvlm_train train ..."
+        )
+    lines = []
+    for name, fact in facts.items():
+        first, *rest = [fact] if isinstance(fact, str) else fact
+        lines += [f"{name:>10}  {first}", *(f"{'':>10}  {line}" for line in rest)]
+    return "\n".join(lines)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

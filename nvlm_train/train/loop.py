@@ -50,6 +50,8 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     attempt = announce.provenance(launch)
     if launch.rank == 0:
         state.write_run_files(start, recipe, resolved, attempt)
+        frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
+        checkpoint.write_base(start.run, frozen)
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size)
     state.check_data(start, plan.fingerprint, accept)
 
@@ -61,9 +63,6 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
             log.info("%s stopped early: validation had not improved at step %d", start.run, progress.step)
             return 0
         if launch.rank == 0:
-            if not (start.run / "base.json").exists():
-                frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
-                checkpoint.write_base(start.run, frozen)
             idle = torch.cuda.device_count() - 1 if launch.launcher == "alone" and torch.cuda.is_available() else 0
             screen = announce.first_screen(
                 recipe, resolved, launch, start, account, str(world.device), attempt, announce.data_lines(plan), idle
@@ -135,7 +134,12 @@ def _run(
             improved = early = False
             if recipe.validation is not None and (progress.step % recipe.validation.every_steps == 0 or last):
                 result = validate(
-                    built.engine, built.tower, plan, world, dtype=built.dtype, tiles_per_chunk=recipe.vision_tiles_per_chunk
+                    built.engine,
+                    built.tower,
+                    plan,
+                    world,
+                    dtype=built.dtype,
+                    tiles_per_chunk=recipe.vision_tiles_per_chunk,
                 )
                 improved, early = _judge(recipe, progress, result)
                 if metrics is not None and console is not None:
@@ -183,14 +187,20 @@ def _load(world: dist.World, plan: DataPlan, loader: StepLoader) -> tuple[StepDa
         messages = dist.gather(world, None if error is None else str(error))
         raise error or DataError("\n".join(f"rank {r}: {m}" for r, m in enumerate(messages) if m is not None))
     assert data is not None
-    totals: dict[str, Any] = dict(zip(("trained_tokens", "tokens", "tiles", "samples", "bad"), summed[1:], strict=False))
+    totals: dict[str, Any] = dict(
+        zip(("trained_tokens", "tokens", "tiles", "samples", "bad"), summed[1:], strict=False)
+    )
     totals["samples_by_source"] = dict(zip(sources, summed[6:], strict=True))
     return data, totals
 
 
 def _set_rates(recipe: Recipe, resolved: Resolved, built: state.Built, step: int) -> dict[str, float]:
     factor = lr_factor(
-        step, resolved.warmup_steps, resolved.decay_steps, recipe.schedule.name, recipe.schedule.min_lr / recipe.optimizer.lr
+        step,
+        resolved.warmup_steps,
+        resolved.decay_steps,
+        recipe.schedule.name,
+        recipe.schedule.min_lr / recipe.optimizer.lr,
     )
     return set_learning_rates(built.engine.optimizer, factor)
 
@@ -219,13 +229,16 @@ def _require_finite(
 ) -> None:
     """Stops before a step with a broken loss or gradient can be saved; the last checkpoint stays as it is."""
     if not counts["trained_tokens"]:
-        raise DataError(f"step {step}: none of its samples could be used, so there is nothing to train on; see {run}/bad_samples.jsonl")
+        raise DataError(
+            f"step {step}: none of its samples could be used, so there is nothing to train on; see "
+            f"{run / 'bad_samples.jsonl'}"
+        )
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     refs = [f"{ref.source}:{ref.row}" for batch in data.micro_batches for ref in batch.samples]
     raise NvlmError(
-        f"step {step}: loss is {loss}, gradient norm {grad_norm}; nothing was saved after the last checkpoint in {run}. "
-        f"Samples of this step on this rank: {', '.join(refs[:12])}{' ...' if len(refs) > 12 else ''}. "
+        f"step {step}: loss is {loss}, gradient norm {grad_norm}; nothing was saved after the last checkpoint in {run}."
+        f" Samples of this step on this rank: {', '.join(refs[:12])}{' ...' if len(refs) > 12 else ''}. "
         "Lower optimizer.lr, lengthen schedule.warmup_steps, or check these samples; then start again to resume"
     )
 

@@ -11,9 +11,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -104,7 +104,9 @@ class Console:
         self.first, self.last, self.begun = first, last, time.monotonic()
 
     def step(self, record: dict[str, Any]) -> None:
-        text = f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s  {record['tiles_per_s']:,.0f} tiles/s"
+        text = (
+            f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s  {record['tiles_per_s']:,.0f} tiles/s"
+        )
         if self.bar is not None:
             self.bar.n = record["step"]
             self.bar.set_postfix_str(text)
@@ -136,7 +138,9 @@ def _duration(seconds: float) -> str:
 class Sink:
     """wandb or tensorboard in a thread of its own: it may be slow, fail or hang, the run does neither."""
 
-    def __init__(self, name: str, start: Callable[[], tuple[Callable[[dict[str, float], int], None], Callable[[], None]]]):
+    def __init__(
+        self, name: str, start: Callable[[], tuple[Callable[[dict[str, float], int], None], Callable[[], None]]]
+    ):
         self.name, self._start = name, start
         self._queue: queue.Queue[tuple[dict[str, float], int] | None] = queue.Queue(maxsize=10_000)
         self._thread = threading.Thread(target=self._work, name=f"log to {name}", daemon=True)
@@ -166,7 +170,9 @@ class Sink:
                 return
             self._thread.join(SINK_PATIENCE_S)
             if self._thread.is_alive():
-                log.warning("%s did not finish within %.0f s; its last records may be missing", self.name, SINK_PATIENCE_S)
+                log.warning(
+                    "%s did not finish within %.0f s; its last records may be missing", self.name, SINK_PATIENCE_S
+                )
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -179,10 +185,11 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def wandb_mode() -> str:
-    """"online" where wandb can be reached and knows us, else "offline"; what WANDB_MODE says wins."""
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
+def wandb_mode() -> Literal["online", "offline", "disabled", "shared"]:
+    """ "online" where wandb can be reached and knows us, else "offline"; what WANDB_MODE says wins."""
+    asked = os.environ.get("WANDB_MODE")
+    if asked in ("online", "offline", "disabled", "shared"):
+        return asked  # type: ignore[return-value]
     known = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _text_of(Path.home() / ".netrc")
     if not known:
         return "offline"
@@ -200,7 +207,7 @@ def _text_of(path: Path) -> str:
         return ""
 
 
-def open_sinks(names: list[str], run: Path, run_name: str, project: str, config: dict[str, Any]) -> list[Sink]:
+def open_sinks(names: Sequence[str], run: Path, run_name: str, project: str, config: dict[str, Any]) -> list[Sink]:
     """Starts what `log.to` names."""
 
     def start_wandb() -> tuple[Callable[[dict[str, float], int], None], Callable[[], None]]:
@@ -209,8 +216,15 @@ def open_sinks(names: list[str], run: Path, run_name: str, project: str, config:
         mode = wandb_mode()
         settings = wandb.Settings(init_timeout=30, silent=True)
         started = wandb.init(
-            project=project, name=run_name, id=run_name, resume="allow", dir=str(run), config=config, mode=mode, settings=settings
-        )  # type: ignore[call-overload]
+            project=project,
+            name=run_name,
+            id=run_name,
+            resume="allow",
+            dir=str(run),
+            config=config,
+            mode=mode,
+            settings=settings,
+        )
         if mode == "offline":
             log.info("wandb is offline; send it later with: wandb sync %s", run / "wandb" / "offline-*")
         return (lambda values, step: started.log(values, step=step)), (lambda: started.finish())

@@ -17,8 +17,16 @@ from nvlm_train.engine import engine as zero
 from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
 from nvlm_train.model.nvlm import NvlmD
-from nvlm_train.model.pretrained import Account, Weights, account, expected_shapes, fill, merge
-from nvlm_train.model.pretrained import open_language_model_folder, open_vision_folder
+from nvlm_train.model.pretrained import (
+    Account,
+    Weights,
+    account,
+    expected_shapes,
+    fill,
+    merge,
+    open_language_model_folder,
+    open_vision_folder,
+)
 from nvlm_train.model.vision import InternVit
 from nvlm_train.recipe.resolve import Resolved, check_resume, recipe_to_dict
 from nvlm_train.recipe.schema import Recipe
@@ -60,12 +68,14 @@ class Start:
 def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
     """Looks at the run directory before anything is built.
 
-    Raises RecipeError when the directory belongs to a run that this recipe would change, or when `resume` is "never" and
-    it is not empty.
+    Raises RecipeError when the directory belongs to a run that this recipe would change, or when `resume` is "never"
+    and it is not empty.
     """
     run = Path(recipe.output_dir)
     if run.exists() and not run.is_dir():
-        raise RecipeError(f"output_dir: '{run}' is a file; name a folder that does not exist yet or belongs to this run")
+        raise RecipeError(
+            f"output_dir: '{run}' is a file; name a folder that does not exist yet or belongs to this run"
+        )
     steps = checkpoint.committed_steps(run)
     if not (run / "recipe.json").exists():
         if steps:
@@ -103,8 +113,9 @@ def check_data(start: Start, fingerprint: str, accept: Sequence[str]) -> None:
     before = checkpoint.read_json(start.checkpoint / "state.json").get("data_fingerprint")
     if before != fingerprint and "data" not in accept:
         raise DataError(
-            f"the data differs from what {start.checkpoint} was trained on (fingerprint {fingerprint}, was {before}): a file, "
-            "the tokenizer or the template has changed, and the order of samples with it; put it back, or add --accept data"
+            f"the data differs from what {start.checkpoint} was trained on (fingerprint {fingerprint}, was {before}): "
+            "a file, the tokenizer or the template has changed, and the order of samples with it; put it back, or add "
+            "--accept data"
         )
 
 

@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import run_distributed
-from tiny import model_config, seeded_model
 from zero_jobs import deal  # imports no deepspeed by itself
 
+from helpers import run_distributed
 from nvlm_train.engine.optim import build_optimizer, parameter_groups
 from nvlm_train.recipe import schema
+from tiny import model_config, seeded_model
 
 JOB = "engine/zero_jobs.py:train_steps"
 LR = 1e-2
 
 
 def _steps(count: int) -> list[dict[str, Any]]:
-    """Steps whose images lie on all ranks, on one, and nowhere (directly after a step with images), and odd pack counts."""
+    """Images on all ranks, on one, and nowhere (directly after a step with images); odd pack counts too."""
     image = [(9, 1), (7, 2), (12, 1), (5, 0), (8, 1), (6, 0)]
     one_rank = [(9, 0), (7, 3), (11, 0), (4, 0)]
     text = [(9, 0), (7, 0), (12, 0), (3, 0), (5, 0)]
@@ -33,8 +33,8 @@ def _reference(
 ) -> dict[str, Any]:
     """Plain PyTorch, one process, no deepspeed: the same packs one after another; text batches skip the tower.
 
-    Missing gradients are filled with zeros, because AdamW skips a missing one but decays a zero one. world_size only says
-    how the packs were seeded when they were dealt.
+    Missing gradients are filled with zeros, because AdamW skips a missing one but decays a zero one. world_size
+    only says how the packs were seeded when they were dealt.
     """
     model = seeded_model(model_config(tie_word_embeddings=tied))
     modes = schema.Train.model_validate(train)
@@ -72,7 +72,9 @@ def _reference(
 
 
 @cache
-def _reference_of(count: int, world_size: int, vision: str, language_model: str, tied: bool, clip: float) -> dict[str, Any]:
+def _reference_of(
+    count: int, world_size: int, vision: str, language_model: str, tied: bool, clip: float
+) -> dict[str, Any]:
     train = {"vision": vision, "projector": "full", "language_model": language_model}
     return _reference(_steps(count), world_size=world_size, train=train, tied=tied, clip=clip)
 
@@ -109,7 +111,9 @@ def test_twenty_steps_equal_plain_pytorch(stage: int, world_size: int) -> None:
         else:
             assert all(g.any() for g in projector.values())
     for name, value in expected["parameters"].items():
-        torch.testing.assert_close(found["parameters"][name], value, rtol=0, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found["parameters"][name], value, rtol=0, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,9 @@ def test_twenty_steps_equal_plain_pytorch(stage: int, world_size: int) -> None:
         ("full", "full", True, "full"),
     ],
 )
-def test_every_training_mode_equals_plain_pytorch(vision: str, language_model: str, tied: bool, checkpointing: str) -> None:
+def test_every_training_mode_equals_plain_pytorch(
+    vision: str, language_model: str, tied: bool, checkpointing: str
+) -> None:
     """A trained tower inside the engine, a frozen decoder, tied heads, recomputation; images on one rank only."""
     expected = _reference_of(7, 2, vision, language_model, tied, 0.0)
     train = {"vision": vision, "projector": "full", "language_model": language_model}

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-from tiny import IMAGE_TOKENS, make_batch, model_config, null_batch, seeded_value
 
 from nvlm_train import checkpoint
 from nvlm_train.batch import Batch
@@ -18,6 +17,7 @@ from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, para
 from nvlm_train.model.nvlm import NvlmD, encode_tiles
 from nvlm_train.model.vision import InternVit
 from nvlm_train.recipe import schema
+from tiny import IMAGE_TOKENS, make_batch, model_config, null_batch, seeded_value
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -32,8 +32,10 @@ def deepspeed_dict(stage: int, precision: str, clip: float, **zero_keys: Any) ->
             "data": {"mixture": {"a": {"path": "a"}}, "max_tokens_per_sample": 64, "pack_tokens": 64},
             "global_batch": {"samples": 8}, "max_steps": 1, "optimizer": {"lr": 1e-3, "max_grad_norm": clip},
             "precision": precision,
-            "zero": {"stage": stage, "param_persistence_threshold": 0, "max_live_parameters": 0, "max_reuse_distance": 0,
-                     **zero_keys},
+            "zero": {
+                "stage": stage, "param_persistence_threshold": 0, "max_live_parameters": 0, "max_reuse_distance": 0,
+                **zero_keys,
+            },
         }
     )  # fmt: skip
     return deepspeed_config(recipe)
@@ -65,7 +67,9 @@ def start(
         tower = tower.to(dtype).requires_grad_(False)
     settings = deepspeed_dict(stage, precision, clip, **zero_keys)
     with zero.partitioned_at_birth(settings, dtype):
-        model = NvlmD(config, with_vision=tower is None, activation_checkpointing=checkpointing, tiles_per_chunk=tiles_per_chunk)
+        model = NvlmD(
+            config, with_vision=tower is None, activation_checkpointing=checkpointing, tiles_per_chunk=tiles_per_chunk
+        )
     slice_of, write = zero.write_slice(world)
     if stage != 3:
         model.to(dtype)
@@ -80,7 +84,9 @@ def start(
     return zero.build(model, build_optimizer(groups, optimizer, "cpu"), settings, world), tower, world
 
 
-def deal(samples: list[tuple[int, int]], seed: int, packs: int, world_size: int, tiles_per_chunk: int) -> list[list[Any]]:
+def deal(
+    samples: list[tuple[int, int]], seed: int, packs: int, world_size: int, tiles_per_chunk: int
+) -> list[list[Any]]:
     """[micro_step][rank] -> Batch: sample i in pack i % packs, pack p in micro-step p // world_size."""
     made = []
     for pack in range(packs):
@@ -93,7 +99,9 @@ def deal(samples: list[tuple[int, int]], seed: int, packs: int, world_size: int,
         chunks = max(-(-sum(t for _, t in s) // tiles_per_chunk) if s else 0 for s in row_samples)
         table.append(
             [
-                null_batch(chunks) if s is None else make_batch(s, seed * 100 + micro * world_size + r, num_tile_chunks=chunks)
+                null_batch(chunks)
+                if s is None
+                else make_batch(s, seed * 100 + micro * world_size + r, num_tile_chunks=chunks)
                 for r, s in enumerate(row_samples)
             ]
         )
@@ -176,7 +184,9 @@ def same_samples(
         if number == 0:
             from deepspeed.utils import safe_get_full_grad
 
-            out["gradients"] = {n: safe_get_full_grad(p).float().view(full_shape(p)).clone() for n, p in engine.trainable()}
+            out["gradients"] = {
+                n: safe_get_full_grad(p).float().view(full_shape(p)).clone() for n, p in engine.trainable()
+            }
         zero.step(engine)
         out["losses"].append(dist.sum_over_ranks(world, [loss_sum], torch.float64)[0] / total)
     return out

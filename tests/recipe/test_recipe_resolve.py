@@ -276,7 +276,10 @@ def test_the_deepspeed_dict_says_what_must_not_be_left_to_defaults(load):
 def test_deepspeed_accepts_and_understands_the_dict(load):
     pytest.importorskip("deepspeed")
     configs = [
-        deepspeed_config(load(f"zero.stage={stage}", f"precision={p}")) for stage in range(4) for p in ("bf16", "fp32")
+        deepspeed_config(load(f"zero.stage={stage}", f"precision={p}"))
+        for stage in range(4)
+        for p in ("bf16", "fp32")
+        if (stage, p) != (0, "bf16")  # refused: DeepSpeed has no fp32 masters there
     ]
     # a process of its own: importing deepspeed replaces F.linear for everything that runs after it
     code = """
@@ -298,7 +301,12 @@ print("understood", len(json.loads(sys.argv[1])))
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(configs)], capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0 and "understood 8" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0 and "understood 7" in done.stdout, done.stderr[-2000:]
+
+
+def test_stage_0_in_bf16_is_refused_with_what_would_do(load):
+    with pytest.raises(RecipeError, match=r"zero\.stage: 0 has no fp32 masters .* use zero\.stage=1 or precision=fp32"):
+        load("zero.stage=0")
 
 
 def test_predicted_states_by_hand(load):
@@ -310,14 +318,13 @@ def test_predicted_states_by_hand(load):
     assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (2 * share, 4 * share, 12 * share)
     assert memory["tower_replicated"] == 2 * parameters["vision"]
     assert memory["total"] == sum(memory[kind] for kind in KINDS) and set(memory) == {*KINDS, "total"}
-    for stage, shared in (
-        (0, ()),
-        (1, ("optimizer",)),
-        (2, ("optimizer", "gradients")),
-        (3, ("optimizer", "gradients", "weights")),
+    for stage, shared, precision, bytes_each in (
+        (0, (), "fp32", {"weights": 4, "gradients": 4, "optimizer": 8}),  # the weights are their own masters
+        (1, ("optimizer",), "bf16", {"weights": 2, "gradients": 4, "optimizer": 12}),
+        (2, ("optimizer", "gradients"), "bf16", {"weights": 2, "gradients": 4, "optimizer": 12}),
+        (3, ("optimizer", "gradients", "weights"), "bf16", {"weights": 2, "gradients": 4, "optimizer": 12}),
     ):
-        found = predict(load("micro_batch_size=2", f"zero.stage={stage}"), 4)
-        bytes_each = {"weights": 2, "gradients": 4, "optimizer": 12}
+        found = predict(load("micro_batch_size=2", f"zero.stage={stage}", f"precision={precision}"), 4)
         for kind, size in bytes_each.items():
             assert found[kind] == size * (share if kind in shared else inside), (stage, kind)
     # a tower in training is inside the engine

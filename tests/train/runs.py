@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from helpers import TESTS, load_script
 
+from helpers import TESTS, load_script
 from nvlm_train.recipe.schema import LanguageModel, Vision
 
 sys.path.insert(0, str(TESTS / "data"))
-import corpus  # noqa: E402
+import corpus
 
 VISION = dict(
-    hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, image_size=corpus.TILE, patch_size=2
+    hidden_size=12,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=corpus.TILE,
+    patch_size=2,
 )
 LANGUAGE_MODEL = dict(
     hidden_size=16, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import run_distributed
-from runs import metrics, steps, trajectory, validations, write_inputs
 
+from helpers import run_distributed
 from nvlm_train import checkpoint
+from runs import metrics, steps, trajectory, validations, write_inputs
 
 JOBS = "train/train_jobs.py:"
 
@@ -25,7 +24,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(recipe: Path, out: Path, *overrides: str, ranks: int = 2, job: str = "train", **more: Any) -> tuple[int, str]:
     results = run_distributed(
-        ranks, JOBS + job, recipe=str(recipe), overrides=[f"output_dir={out}", f"run_name={out.name}", *overrides], **more
+        ranks,
+        JOBS + job,
+        recipe=str(recipe),
+        overrides=[f"output_dir={out}", f"run_name={out.name}", *overrides],
+        **more,
     )
     assert len({code for code, _ in results}) == 1, results
     return results[0]
@@ -61,7 +64,7 @@ def test_a_run_records_what_happened(whole: Path) -> None:
 
 
 def test_stopped_at_any_step_and_resumed_is_never_stopped(inputs: Path, whole: Path, tmp_path: Path) -> None:
-    """Stopped by a signal in steps 2 and 5 (neither a checkpoint step), each time resumed: the same losses, bit for bit."""
+    """Stopped by a signal in steps 2 and 5 (no checkpoint steps) and resumed: the same losses, bit for bit."""
     out = tmp_path / "stopped"
     for after in (2, 3):
         code = run(inputs, out, job="train_with_signal", signal_name="SIGUSR2", on_rank=1, after_step=after)
@@ -116,9 +119,16 @@ def test_two_stages_and_what_is_frozen_stays(inputs: Path, tmp_path: Path) -> No
     pretrain, sft = tmp_path / "pretrain", tmp_path / "sft"
     assert run(inputs, pretrain, "train.language_model=frozen", "max_steps=3") == (0, "")
     first = checkpoint.open_checkpoint(pretrain, checksums=True)
-    assert first.trained == {"projector.norm.weight", "projector.norm.bias", "projector.fc1.weight", "projector.fc2.weight"}
+    assert first.trained == {
+        "projector.norm.weight",
+        "projector.norm.bias",
+        "projector.fc1.weight",
+        "projector.fc2.weight",
+    }
     assert set(steps(pretrain)[0]["lr"]) == {"projector"}
-    assert run(inputs, sft, f"init_from.run={pretrain}", "train.projector=frozen", "optimizer.module_lr=null", "max_steps=2") == (0, "")
+    assert run(
+        inputs, sft, f"init_from.run={pretrain}", "train.projector=frozen", "optimizer.module_lr=null", "max_steps=2"
+    ) == (0, "")
     second = checkpoint.open_checkpoint(sft, checksums=True)
     # the projector, frozen here, is the one that the first stage trained, and the tower the folder's
     for name in first.trained:
@@ -139,14 +149,25 @@ def test_bf16_trains_near_fp32(inputs: Path, whole: Path, tmp_path: Path) -> Non
 
 def test_early_stop_keeps_the_best(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    early = ["validation.every_steps=1", "validation.early_stop={patience: 2}", "optimizer.lr=0.3", "optimizer.module_lr=null"]
-    assert run(inputs, out, *early, "schedule.warmup_steps=0", "schedule.name=constant", "checkpoint.keep_last=1") == (0, "")
+    early = [
+        "validation.every_steps=1",
+        "validation.early_stop={patience: 2}",
+        "optimizer.lr=0.3",
+        "optimizer.module_lr=null",
+    ]
+    assert run(inputs, out, *early, "schedule.warmup_steps=0", "schedule.name=constant", "checkpoint.keep_last=1") == (
+        0,
+        "",
+    )
     losses = {step: found["all"] for step, found in validations(out).items()}
     best = min(losses, key=losses.__getitem__)
     assert list(losses)[-1] == best + 2 < 8
     assert best in checkpoint.committed_steps(out)
     assert checkpoint.Checkpoint(out).state["progress"]["best_step"] == best
-    assert run(inputs, out, *early, "schedule.warmup_steps=0", "schedule.name=constant", "checkpoint.keep_last=1") == (0, "")
+    assert run(inputs, out, *early, "schedule.warmup_steps=0", "schedule.name=constant", "checkpoint.keep_last=1") == (
+        0,
+        "",
+    )
     assert list(validations(out)) == list(losses)  # it does not go on training
 
 
@@ -189,7 +210,9 @@ def test_changed_data_is_refused_on_resume(inputs: Path, tmp_path: Path) -> None
     assert run(recipe, out, "max_steps=3", accept=["max_steps", "data"]) == (0, "")
 
 
-def test_full_disk_on_one_rank_stops_all_and_keeps_the_last_checkpoint(inputs: Path, whole: Path, tmp_path: Path) -> None:
+def test_full_disk_on_one_rank_stops_all_and_keeps_the_last_checkpoint(
+    inputs: Path, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     results = run_distributed(
         2, JOBS + "train_with_full_disk", recipe=str(inputs), overrides=[f"output_dir={out}"], on_rank=1, save_number=2
@@ -204,8 +227,15 @@ def test_full_disk_on_one_rank_stops_all_and_keeps_the_last_checkpoint(inputs: P
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    code, text = run(inputs, out, "optimizer.lr=1.0e+30", "optimizer.module_lr=null", "checkpoint.every_steps=1", "validation=null")
-    assert code == 2 and "loss is" in text and "nothing was saved after the last checkpoint" in text and "images:" in text + "images:"
+    code, text = run(
+        inputs, out, "optimizer.lr=1.0e+30", "optimizer.module_lr=null", "checkpoint.every_steps=1", "validation=null"
+    )
+    assert (
+        code == 2
+        and "loss is" in text
+        and "nothing was saved after the last checkpoint" in text
+        and "images:" in text + "images:"
+    )
     step = int(text.split("step ")[1].split(":")[0])
     assert all(saved < step for saved in checkpoint.committed_steps(out))
 
@@ -239,5 +269,3 @@ def test_missing_input_is_named(inputs: Path, tmp_path: Path) -> None:
     ]:
         code, text = run(inputs, tmp_path / "run", f"{key}={tmp_path}/nowhere")
         assert code == 2 and words in text and "nowhere" in text, (key, text)
-
-

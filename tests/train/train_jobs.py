@@ -31,7 +31,14 @@ def train(
 
 
 def train_with_signal(
-    *, rank: int, world_size: int, recipe: str, overrides: Sequence[str], signal_name: str, on_rank: int, after_step: int
+    *,
+    rank: int,
+    world_size: int,
+    recipe: str,
+    overrides: Sequence[str],
+    signal_name: str,
+    on_rank: int,
+    after_step: int,
 ) -> tuple[int, str]:
     """Trains; one rank alone gets a signal in the middle of a step."""
     original, seen = zero.step, [0]
@@ -71,7 +78,9 @@ def train_with_full_disk(
         checkpoint.sha256 = original
 
 
-def train_with_broken_sink(*, rank: int, world_size: int, recipe: str, overrides: Sequence[str], how: str) -> tuple[int, str]:
+def train_with_broken_sink(
+    *, rank: int, world_size: int, recipe: str, overrides: Sequence[str], how: str
+) -> tuple[int, str]:
     """Trains; what `log.to` names raises or hangs in its thread."""
     from nvlm_train.train import metrics
 

@@ -1,0 +1,116 @@
+"""What test_traps.py asks of a real two-rank ZeRO-3 engine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from zero_jobs import full_state, start
+
+from nvlm_train.engine import engine as zero
+from nvlm_train.engine.optim import full_shape
+from nvlm_train.model.nvlm import NvlmD, encode_tiles
+from tiny import make_batch, model_config, seeded_value
+
+SAMPLES = [(9, 1), (7, 0), (12, 2)]
+
+
+def facts(*, rank: int, world_size: int) -> dict[str, Any]:
+    import deepspeed
+
+    extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    found: dict[str, Any] = {
+        "shm_comm": deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"],
+        "compiled": [str(p) for p in extensions.rglob("deepspeed_shm_comm*")] if extensions.exists() else [],
+        "clipping": {str(clip): start(stage=3, clip=clip)[0].deepspeed.gradient_clipping() for clip in (0.0, 0.5)},
+    }
+    found |= _rope(rank)
+    found["norm_of_nan_step"] = _nan_step()
+    found |= _alive_after_forward()
+    found |= _rates()
+    return found
+
+
+def _forward(engine: zero.Engine, tower: Any, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    batch = make_batch(SAMPLES, seed)
+    return zero.forward(engine, batch, encode_tiles(tower, batch.tiles, dtype), last=True)
+
+
+def _rope(rank: int) -> dict[str, Any]:
+    """Logits of a long sample under zero.Init in bf16 against fp32, in one plain process."""
+    engine, _, _ = start(stage=3, precision="bf16")
+    buffers = [name for name, buffer in engine.module.named_buffers() if buffer.is_floating_point()]
+    batch = make_batch([(500, 0)], 3)
+    with torch.no_grad():
+        engine.deepspeed.eval()
+        # the engine's forward returns the loss; the modules beneath it take the same hooks
+        low = engine.module.logits(batch, None).float()
+        plain = NvlmD(model_config(), with_vision=False)
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(seeded_value(name, tuple(parameter.shape), 3).bfloat16())
+        high = plain.logits(batch, None)
+    return {"floating_buffers": buffers, "rope_error": float((low - high).abs().max() / high.abs().max())}
+
+
+def _nan_step() -> str:
+    engine, tower, _ = start(stage=3)
+    zero.backward(engine, _forward(engine, tower, 1) * float("nan"), 10)
+    return str(zero.step(engine))
+
+
+def _alive_after_forward() -> dict[str, Any]:
+    """Weights that the graph keeps whole between forward and backward; and what the same search says of a bad layer."""
+    import deepspeed
+
+    engine, tower, _ = start(stage=3)
+    zero.backward(engine, _forward(engine, tower, 1), 10)  # the first step only traces
+    zero.step(engine)
+    shapes = {tuple(full_shape(p)) for _, p in engine.trainable() if len(full_shape(p)) == 2}
+    loss = _forward(engine, tower, 2)
+    kept = _saved_tensors(loss.grad_fn, shapes)
+    zero.backward(engine, loss, 10)
+    zero.step(engine)
+    weight = engine.module.projector.fc1.weight
+    with deepspeed.zero.GatheredParameters([weight]):
+        x = torch.ones(2, weight.ds_shape[1], requires_grad=True)
+        control = _saved_tensors((x @ weight.t()).grad_fn, shapes)
+    return {"whole_weights_alive": kept, "whole_weights_of_a_bad_layer": control}
+
+
+def _saved_tensors(node: Any, shapes: set[tuple[int, ...]]) -> list[list[int]]:
+    """Shapes of weights that the graph itself keeps whole: saved tensors that are not the (empty) Parameter."""
+    kept, seen, stack = [], set(), [node]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for name in dir(node):
+            if name.startswith("_saved_") and not name.startswith("_saved_self_sizes"):
+                value = getattr(node, name, None)
+                if (
+                    isinstance(value, torch.Tensor)
+                    and value.numel()
+                    and (tuple(value.shape) in shapes or tuple(reversed(value.shape)) in shapes)
+                ):
+                    kept.append(list(value.shape))
+        stack += [child for child, _ in node.next_functions]
+    return kept
+
+
+def _rates() -> dict[str, Any]:
+    engine, tower, world = start(stage=3)
+    for group in engine.optimizer.param_groups:
+        if group["name"].startswith("projector"):
+            group["lr"] = 0.0
+    before = full_state(engine, world)["master"]
+    zero.backward(engine, _forward(engine, tower, 1), 10)
+    zero.step(engine)
+    after = full_state(engine, world)["master"]
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    return {
+        "lr_zero_moved": [name for name in moved if name.startswith("projector")],
+        "lr_other_moved": [name for name in moved if not name.startswith("projector")],
+    }

@@ -1,0 +1,93 @@
+"""Trainings under a real torchrun, as a user starts them: killed, stopped, wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nvlm_train import checkpoint
+from runs import metrics, trajectory, validations, write_inputs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def start(recipe: Path, out: Path, *more: str, ranks: int = 2, log: Path) -> subprocess.Popen[bytes]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [*torchrun, "-m", "nvlm_train", "train", str(recipe), f"output_dir={out}", *more]
+    return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def ranks_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids of the workers that a torchrun has started."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], limit_s: float = 120.0) -> None:
+    until = time.monotonic() + limit_s
+    while time.monotonic() < until and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and any(record["step"] >= step for record in metrics(run)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def test_killed_at_a_random_point_and_resumed_equals_never_killed(inputs: Path, tmp_path: Path) -> None:
+    """kill -9 of one rank somewhere in a run of 14 steps; started again, it ends with the losses of a whole run."""
+    log = tmp_path / "log"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    long = ["max_steps=14", "checkpoint.every_steps=2"]
+    assert start(inputs, whole, *long, log=log).wait(150) == 0, log.read_text()[-3000:]
+
+    seed = random.SystemRandom().randrange(2**32)
+    dice = random.Random(seed)
+    process = start(inputs, killed, *long, log=log)
+    wait_for_step(killed, dice.randint(1, 8), process)
+    time.sleep(dice.random() * 0.2)
+    os.kill(dice.choice(ranks_of(process)), signal.SIGKILL)
+    assert process.wait(60) != 0
+    done = checkpoint.committed_steps(killed)
+    assert start(inputs, killed, *long, log=log).wait(150) == 0, log.read_text()[-3000:]
+    assert trajectory(killed) == trajectory(whole), f"dice {seed}, resumed from {done[-1:]}"
+    assert validations(killed) == validations(whole)
+
+
+def test_torchrun_passes_sigterm_on_and_all_ranks_save(inputs: Path, tmp_path: Path) -> None:
+    log, out = tmp_path / "log", tmp_path / "run"
+    process = start(inputs, out, "max_steps=500", "checkpoint.every_steps=500", log=log)
+    wait_for_step(out, 3, process)
+    for rank in ranks_of(process):
+        os.kill(rank, signal.SIGTERM)
+    assert process.wait(60) == 0, log.read_text()[-3000:]
+    (saved,) = checkpoint.committed_steps(out)
+    assert f"stopped after step {saved} of 500: asked by SIGTERM" in log.read_text()
+
+
+def test_alone_is_a_world_of_one_and_user_errors_have_no_traceback(inputs: Path, tmp_path: Path) -> None:
+    alone = [sys.executable, "-m", "nvlm_train", "train", str(inputs)]
+    done = subprocess.run(
+        [*alone, f"output_dir={tmp_path / 'run'}", "max_steps=2", "log.to=[tensorboard, wandb]"],
+        capture_output=True, text=True, timeout=150,
+        env={k: v for k, v in os.environ.items() if not k.startswith("WANDB")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "alone: rank 0 of 1" in done.stderr and "from the beginning" in done.stderr
+    assert "wandb is offline" in done.stderr and list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    done = subprocess.run(
+        [*alone, f"output_dir={tmp_path / 'other'}", "tokenizer.path=nowhere"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "nowhere" in done.stderr
