@@ -68,6 +68,7 @@ class _TextProcessor:
 
         self.tokenizer = tokenizer
         self.tokenizer.pad_token = self.tokenizer.pad_token or STOP[1]
+        self.tokenizer.padding_side = "left"  # as an argument of apply_chat_template it is ignored by transformers 5
         settings = {"image_token": "<|vision_pad|>", "prompt_template": "nvlm_qwen2", "system": None}
         self._chatml = NVLM_D_Processor(tokenizer, settings)
 
@@ -82,7 +83,6 @@ class _TextProcessor:
             messages,
             add_generation_prompt=True,
             padding=True,
-            padding_side="left",
             return_dict=True,
             return_tensors="pt",
         )

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from nvlm_train.errors import CheckpointError, DataError
 from nvlm_train.infer.generate import answer, generate_command, load_answerer
@@ -85,3 +87,25 @@ def test_bad_input(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(CheckpointError, match="transformers cannot load"):
         generate_command(arguments(tmp_path))
+
+
+@pytest.mark.parametrize("with_template", [False, True])
+def test_a_plain_folder_answers_a_batch_as_it_answers_one(
+    folders: dict[str, Path], tmp_path: Path, with_template: bool
+) -> None:
+    """Prompts of different lengths are padded on the left: on the right the short ones would answer after padding."""
+    folder = shutil.copytree(folders["qwen2"], tmp_path / "qwen2")
+    generator = torch.Generator().manual_seed(5)  # weights that look at the prompt, unlike those of `folders`
+    state = load_file(folder / "model.safetensors")
+    noise = {name: tensor + 0.3 * torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
+    save_file(noise, folder / "model.safetensors", metadata={"format": "pt"})
+    if with_template:
+        template = "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_start|>"
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    answerer = load_answerer(folder)
+    assert (answerer.tokenizer.chat_template is not None) == with_template
+    prompts = ["a", "what is a b c d e f g?", "word and word"]
+    batch = answer(answerer, prompts, [[], [], []], 6)
+    assert batch == [answer(answerer, [prompt], [[]], 6)[0] for prompt in prompts]
+    assert len(set(batch)) > 1
