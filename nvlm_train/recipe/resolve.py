@@ -71,6 +71,10 @@ class Resolved:
 
 def resolve(recipe: Recipe, world_size: int) -> Resolved:
     """The recipe on `world_size` ranks. Raises RecipeError where the ranks cannot be filled."""
+    if recipe.validation is not None and not recipe.validation.sources and not recipe.validation.held_out_share:
+        raise RecipeError(
+            "validation: names nothing to validate on; give validation.sources, or validation.held_out_share above 0"
+        )
     batch = batch_arithmetic(recipe, world_size)
     decay_steps = recipe.schedule.decay_steps or recipe.max_steps
     counts = count_parameters(recipe.model)

@@ -20,7 +20,7 @@ from nvlm_train.engine.optim import set_learning_rates
 from nvlm_train.errors import DataError, NvlmError
 from nvlm_train.log import set_up_logging
 from nvlm_train.recipe.load import LoadedRecipe
-from nvlm_train.recipe.resolve import Resolved, lr_factor, resolve
+from nvlm_train.recipe.resolve import Resolved, lr_factor, recipe_to_dict, resolve
 from nvlm_train.recipe.schema import Recipe
 from nvlm_train.train import announce, state
 from nvlm_train.train.loss import tower_features
@@ -48,15 +48,16 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     weights = state.open_weights(recipe)
     account = state.account_for_weights(recipe, weights)
     attempt = announce.provenance(launch)
-    if launch.rank == 0:
-        state.write_run_files(start, recipe, resolved, attempt)
-        frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
-        checkpoint.write_base(start.run, frozen)
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size)
     state.check_data(start, plan.fingerprint, accept)
 
     world = dist.start(launch)
     try:
+        dist.barrier(world)  # every rank has looked at the run directory; only now may it change
+        if launch.rank == 0:
+            state.write_run_files(start, recipe, resolved, attempt)
+            frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
+            checkpoint.write_base(start.run, frozen)
         built = state.build(recipe, resolved, world, weights, skip_trained=start.step > 0)
         progress = state.restore(built, start.checkpoint) if start.checkpoint else state.Progress()
         if _stopped_early(recipe, progress):
@@ -97,11 +98,8 @@ def _run(
     rank0 = world.rank == 0
     metrics = MetricsFile(run / "metrics.jsonl", progress.step) if rank0 else None
     console = Console(progress.step, recipe.max_steps) if rank0 else None
-    sinks = (
-        open_sinks(recipe.log.to, run, recipe.run_name, recipe.log.wandb_project, {"hash": resolved.recipe_hash})
-        if rank0
-        else []
-    )
+    config = {"recipe_hash": resolved.recipe_hash, **recipe_to_dict(recipe)}
+    sinks = open_sinks(recipe.log.to, run, recipe.run_name, recipe.log.wandb_project, config) if rank0 else []
     loader = StepLoader(plan, start_step=progress.step, end_step=recipe.max_steps)
     clock = Clock(world.device)
     since, tokens, tiles = time.monotonic(), 0, 0  # of the steps since the last line of metrics

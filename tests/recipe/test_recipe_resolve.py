@@ -339,3 +339,8 @@ def test_memory_of_the_full_size_is_that_of_the_table():
         assert memory["weights"] / 2**30 == pytest.approx(weights, abs=0.05)
         assert memory["optimizer"] / 2**30 == pytest.approx(optimizer, abs=0.05)
         assert memory["tower_replicated"] / 2**30 == pytest.approx(10.3, abs=0.05)
+
+
+def test_a_validation_without_anything_to_validate_on_is_refused(load):
+    with pytest.raises(RecipeError, match="validation: names nothing to validate on; give validation.sources"):
+        resolve(load("validation={every_steps: 3}"), 1)
