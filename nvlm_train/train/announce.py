@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nvlm_train
-from nvlm_train.data.loader import DataPlan
+from nvlm_train.data.plan import DataPlan
 from nvlm_train.engine.launch import Launch
 from nvlm_train.kernels import select
 from nvlm_train.model.pretrained import Account

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from nvlm_train import checkpoint
-from nvlm_train.data.loader import DataPlan, StepData, StepLoader, open_data
+from nvlm_train.data.loader import StepData, StepLoader
+from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
 from nvlm_train.engine.launch import resolve_launch

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from nvlm_train.data.loader import DataPlan, validation_batches
+from nvlm_train.data.loader import validation_batches
+from nvlm_train.data.plan import DataPlan
 from nvlm_train.engine import engine as zero
 from nvlm_train.engine.dist import World, sum_over_ranks
 from nvlm_train.train.loss import tower_features

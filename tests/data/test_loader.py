@@ -18,7 +18,8 @@ from corpus import IMAGE_TOKENS, TILE, make_recipe, turns, write_image, write_im
 from nvlm_train.batch import IGNORE_INDEX, Batch, SampleRef
 from nvlm_train.data import chat, loader, tiling
 from nvlm_train.data.images import open_image
-from nvlm_train.data.loader import DataPlan, StepData, StepLoader, null_batch, open_data, validation_batches
+from nvlm_train.data.loader import StepData, StepLoader, null_batch, validation_batches
+from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.data.sources import JsonlSource, parse_line
 from nvlm_train.errors import DataError
 from nvlm_train.recipe.schema import Recipe

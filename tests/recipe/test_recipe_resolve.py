@@ -342,5 +342,5 @@ def test_memory_of_the_full_size_is_that_of_the_table():
 
 
 def test_a_validation_without_anything_to_validate_on_is_refused(load):
-    with pytest.raises(RecipeError, match="validation: names nothing to validate on; give validation.sources"):
+    with pytest.raises(RecipeError, match="names nothing to validate on"):
         resolve(load("validation={every_steps: 3}"), 1)
