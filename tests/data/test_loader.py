@@ -17,6 +17,7 @@ from corpus import IMAGE_TOKENS, TILE, make_recipe, turns, write_image, write_im
 
 from nvlm_train.batch import IGNORE_INDEX, Batch, SampleRef
 from nvlm_train.data import chat, loader, tiling
+from nvlm_train.data import plan as plan_module
 from nvlm_train.data.images import open_image
 from nvlm_train.data.loader import StepData, StepLoader, null_batch, validation_batches
 from nvlm_train.data.plan import DataPlan, open_data
@@ -440,13 +441,13 @@ def test_an_error_in_a_thread_reaches_the_trainer(folder: Path, monkeypatch: pyt
 
 def test_close_in_the_middle_is_quick(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is being built stops at the next sample; closing twice is fine; an interrupt closes too."""
-    slow = loader.open_image
+    slow = plan_module.open_image
 
     def slowly(*given: Any) -> Any:
         time.sleep(0.05)
         return slow(*given)
 
-    monkeypatch.setattr(loader, "open_image", slowly)
+    monkeypatch.setattr(plan_module, "open_image", slowly)
     plan = open_data(recipe_of(folder, data__prefetch_steps=8), rank=0, world_size=1)
     before = threading.active_count()
     steps = StepLoader(plan, start_step=0, end_step=100)
