@@ -53,6 +53,7 @@ class JsonlSource:
 
     def __init__(self, name: str, settings: schema.Source) -> None:
         self.name = name
+        self._settings = settings
         self.path = Path(settings.path)
         self.image_root = Path(settings.image_root) if settings.image_root is not None else self.path.parent
         self._inside = os.path.join(
@@ -67,6 +68,9 @@ class JsonlSource:
                 "`path` names a JSONL file, relative to the current directory."
             ) from error
         self.num_bytes = os.fstat(self._file).st_size
+
+    def __reduce__(self) -> Any:  # on its way to the loader process, which opens the file for itself
+        return type(self), (self.name, self._settings)
 
     def close(self) -> None:
         """Lets go of the file."""
