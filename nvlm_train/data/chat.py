@@ -191,11 +191,13 @@ def render_prompt(
     return join(runs, tokenizer.encode)
 
 
-def count_tokens(runs: Sequence[Run], length_of: Mapping[str, int]) -> tuple[int, int]:
-    """Tokens and trained tokens of a sample, from the lengths of its texts alone."""
+def count_tokens(runs: Sequence[Run], length_of: Mapping[str, int], limit: int | None = None) -> tuple[int, int]:
+    """Tokens and trained tokens of a sample, from the lengths of its texts alone; of its first `limit` tokens."""
     tokens = trained = 0
     for run in runs:
         length = run.times if run.text is None else length_of[run.text]
+        if limit is not None:
+            length = min(length, limit - tokens)
         tokens += length
         if run.trained:
             trained += length

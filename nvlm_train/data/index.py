@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_train.data import chat, tiling
-from nvlm_train.data.images import BadSample, image_size
+from nvlm_train.data.fit import FEWER_TILES, OVERLONG, TRUNCATED, fit
+from nvlm_train.data.images import REFERENCE, BadSample, ImageOptions, image_size
 from nvlm_train.data.sources import JsonlSource, Line, Sample, parse_line
 from nvlm_train.data.tokenizer import ChatTokenizer
 from nvlm_train.errors import DataError
@@ -38,7 +39,6 @@ from nvlm_train.recipe import schema
 log = get_logger(__name__)
 
 FORMAT = 1
-OVERLONG = "over-long"
 WAIT_TIMEOUT_S = 300.0  # without a sign of life of rank 0
 _HEARTBEAT_S = 2.0
 _TELL_S = 10.0  # between lines of the log where there is no terminal for a progress bar
@@ -47,7 +47,6 @@ _WHOLE_FILE_BYTES = 64 << 20  # larger files are keyed by size, time and both en
 _END_BYTES = 1 << 20
 _BAD_KEPT = 1000  # messages kept; counts are exact
 _BAD_SHOWN = 20
-_LIMITS = (8, 6, 4, 2, 1)  # Megatron's order of lowering the tile maximum of an over-long sample
 
 ROW = np.dtype(
     [
@@ -59,7 +58,7 @@ ROW = np.dtype(
         ("hash", "<u4"),  # of the line's bytes: stable when the file is reordered
         ("tiles", "<u2"),  # of all images, thumbnails counted
         ("max_tiles", "u1"),  # the tile maximum this sample is cut with
-        ("lowered", "u1"),  # 1 when that is less than the recipe's
+        ("lowered", "u1"),  # bits: FEWER_TILES when that is less than the recipe's, TRUNCATED when its text is cut
     ]
 )
 
@@ -76,6 +75,7 @@ class IndexSettings:
     image_tokens_per_tile: int
     max_tokens: int
     overlong: str
+    images: ImageOptions = REFERENCE
 
     @classmethod
     def of(cls, recipe: schema.Recipe, tokenizer: ChatTokenizer) -> IndexSettings:
@@ -90,6 +90,7 @@ class IndexSettings:
             image_tokens_per_tile=(tower.image_size // tower.patch_size // 2) ** 2,
             max_tokens=recipe.data.max_tokens_per_sample,
             overlong=recipe.data.overlong,
+            images=ImageOptions(recipe.data.exif, recipe.data.alpha, recipe.data.sixteen_bit),
         )
 
     def lay_out(self, sample: Sample, tiles_per_image: Sequence[int]) -> list[chat.Run]:
@@ -115,6 +116,7 @@ class IndexSettings:
             "image_tokens_per_tile": self.image_tokens_per_tile,
             "max_tokens": self.max_tokens,
             "overlong": self.overlong,
+            "images": self.images._asdict(),
         }
 
 
@@ -138,6 +140,16 @@ class SourceIndex:
     num_lines: int
     dropped: dict[str, int]
     bad: tuple[BadRow, ...]
+
+    @property
+    def fewer_tiles(self) -> int:
+        """Samples whose images are cut into fewer tiles to fit."""
+        return int((self.rows["lowered"] & FEWER_TILES > 0).sum())
+
+    @property
+    def truncated(self) -> int:
+        """Samples whose text is cut to fit."""
+        return int((self.rows["lowered"] & TRUNCATED > 0).sum())
 
     @property
     def num_bad(self) -> int:
@@ -212,7 +224,7 @@ def _too_bad(index: SourceIndex, settings: IndexSettings, max_bad_share: float) 
         return _listing(
             f"{head}: {index.dropped[OVERLONG]} of {index.num_lines} samples are longer than "
             f"data.max_tokens_per_sample {settings.max_tokens} and data.overlong is 'error'; "
-            "raise the limit, or set overlong to drop or fewer_tiles.",
+            "raise the limit, or set overlong to drop, truncate_text or fewer_tiles.",
             index,
             index.dropped[OVERLONG],
             lambda row: row.reason == OVERLONG,
@@ -295,7 +307,7 @@ def _scan(
 
     @lru_cache(maxsize=1 << 16)
     def size_of(path: str, name: str) -> tuple[int, int]:
-        return image_size(path, name)
+        return image_size(path, name, settings.images)
 
     told = beaten
     with tqdm(
@@ -329,7 +341,8 @@ def _index_lines(
     chunk: Sequence[Line], source: JsonlSource, settings: IndexSettings, size_of: Callable[[str, str], tuple[int, int]]
 ) -> tuple[NDArray[Any], list[BadRow]]:
     problems: list[BadRow] = []
-    found: list[tuple[Line, Sample, list[tuple[int, int]], list[chat.Run]]] = []
+    found: list[tuple[Line, Sample, list[tuple[int, int]]]] = []
+    runs: list[chat.Run] = []
     top = settings.tiling.max_tiles
     for line in chunk:
         try:
@@ -338,44 +351,48 @@ def _index_lines(
         except BadSample as error:
             problems.append(BadRow(line.number, error.reason, str(error)))
             continue
-        found.append((line, sample, sizes, settings.lay_out(sample, _tiles(sizes, top, settings))))
+        found.append((line, sample, sizes))
+        thumbnail = settings.tiling.thumbnail
+        guess = [tiling.num_tiles(width, height, top, settings.tile_size, thumbnail) for width, height in sizes]
+        runs += settings.lay_out(sample, guess)
     lengths: dict[str, int] = {}
-    _measure(lengths, (text for _, _, _, runs in found for text in chat.texts(runs)), settings.tokenizer)
+    _measure(lengths, chat.texts(runs), settings.tokenizer)  # most texts at once: the tokenizer works in parallel
+
+    def lengths_of(more: Sequence[chat.Run]) -> dict[str, int]:
+        _measure(lengths, chat.texts(more), settings.tokenizer)
+        return lengths
+
     rows = np.zeros(len(found), dtype=ROW)
     kept = 0
-    for line, sample, sizes, runs in found:
-        limit = top
-        tokens, trained = chat.count_tokens(runs, lengths)
-        if tokens > settings.max_tokens and settings.overlong == "fewer_tiles" and sizes:
-            for limit in (lower for lower in _LIMITS if lower < top):
-                runs = settings.lay_out(sample, _tiles(sizes, limit, settings))
-                _measure(lengths, chat.texts(runs), settings.tokenizer)
-                tokens, trained = chat.count_tokens(runs, lengths)
-                if tokens <= settings.max_tokens:
-                    break
-        tiles = sum(_tiles(sizes, limit, settings))
-        if tokens > settings.max_tokens or tiles > np.iinfo(np.uint16).max:
-            problems.append(BadRow(line.number, OVERLONG, f"{tokens} tokens are more than {settings.max_tokens}"))
+    for line, sample, sizes in found:
+        try:
+            found_fit = fit(
+                sizes,
+                top,
+                settings.tiling,
+                settings.tile_size,
+                settings.max_tokens,
+                settings.overlong,
+                partial(settings.lay_out, sample),
+                lengths_of,
+            )
+        except BadSample as error:
+            problems.append(BadRow(line.number, error.reason, str(error)))
             continue
         rows[kept] = (
             line.offset,
             len(line.data),
             line.number,
-            tokens,
-            trained,
+            found_fit.tokens,
+            found_fit.trained,
             line_hash(line.data),
-            tiles,
-            limit,
-            limit < top,
+            found_fit.tiles,
+            found_fit.max_tiles,
+            found_fit.changed,
         )
         kept += 1
     problems.sort(key=lambda row: row.line)
     return rows[:kept], problems
-
-
-def _tiles(sizes: Sequence[tuple[int, int]], max_tiles: int, settings: IndexSettings) -> list[int]:
-    thumbnail = settings.tiling.thumbnail
-    return [tiling.num_tiles(width, height, max_tiles, settings.tile_size, thumbnail) for width, height in sizes]
 
 
 def _measure(lengths: dict[str, int], texts: Iterable[str], tokenizer: ChatTokenizer) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 
 from nvlm_train.batch import SampleRef
 from nvlm_train.data import chat, packing, tiling
-from nvlm_train.data.images import BadSample, open_image
+from nvlm_train.data.fit import shorten
+from nvlm_train.data.images import AUGMENTATIONS, BadSample, open_image, read_file
 from nvlm_train.data.index import IndexSettings, SourceIndex, line_hash, open_index
 from nvlm_train.data.mixture import Mixture
 from nvlm_train.data.packing import Pack
+from nvlm_train.data.slow import SlowReads
 from nvlm_train.data.sources import JsonlSource, parse_line
 from nvlm_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm_train.errors import DataError
@@ -45,7 +48,7 @@ class DataPlan:
 
     train_rows, held_out: rows of each mixture source's index on either side of validation.held_out_share.
     dropped_at_index: (source, reason) -> lines left out, over-long ones too.
-    fewer_tiles: samples of each source that keep all images but in fewer tiles.
+    fewer_tiles: samples of each source that keep all images but in fewer tiles. truncated: whose text is cut.
     """
 
     recipe: schema.Recipe
@@ -61,6 +64,7 @@ class DataPlan:
     cost: packing.Cost
     dropped_at_index: dict[tuple[str, str], int] = field(default_factory=dict)
     fewer_tiles: dict[str, int] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -118,24 +122,42 @@ class DataPlan:
         most = max(sum(item.tiles for item in packs) for packs in ranks)
         return -(-most // self.recipe.vision_tiles_per_chunk)
 
-    def load(self, ref: SampleRef) -> LoadedSample:
-        """Reads, renders and decodes one sample. Raises BadSample."""
+    def load(
+        self,
+        ref: SampleRef,
+        out: NDArray[np.uint8] | None = None,
+        augment: bool = False,
+        watch: SlowReads | None = None,
+    ) -> LoadedSample:
+        """Reads, renders and decodes one sample. Raises BadSample.
+
+        out: u8[row's tiles, 3, px, px] that the tiles are written to. augment: whether data.augment applies.
+        watch: told of every read, so that a slow one can be named.
+        """
         index, source, settings = self.indexes[ref.source], self.sources[ref.source], self.settings
+        watch = watch or SlowReads(math.inf)
         row = index.rows[ref.row]
-        data = source.read(int(row["offset"]), int(row["num_bytes"]))
+        with watch.reading(f"{source.path}:{row['line']}"):
+            data = source.read(int(row["offset"]), int(row["num_bytes"]))
         if line_hash(data) != int(row["hash"]):
             raise BadSample("changed file", "the line has changed since it was indexed; start again to index it anew")
         sample = parse_line(data)
-        tiles = [
-            tiling.cut(
-                open_image(source.image_path(image), image),
-                int(row["max_tiles"]),
-                settings.tile_size,
-                settings.tiling.thumbnail,
+        tiles: list[NDArray[np.uint8]] = []
+        for name in sample.images:
+            path = source.image_path(name)
+            with watch.reading(path):
+                pixels = open_image(read_file(path, name), name, settings.images)
+            if augment and self.recipe.data.augment != "none":
+                alter = AUGMENTATIONS[self.recipe.data.augment]
+                pixels = alter(pixels, self.recipe.seed, ref.source, ref.row, ref.epoch)
+            free = None if out is None else out[sum(len(t) for t in tiles) :]
+            fast = self.recipe.data.decode == "fast"
+            tiles.append(
+                tiling.cut(pixels, int(row["max_tiles"]), settings.tile_size, settings.tiling.thumbnail, fast, free)
             )
-            for image in sample.images
-        ]
         rendered = chat.join(settings.lay_out(sample, [len(t) for t in tiles]), settings.tokenizer.encode)
+        if settings.overlong == "truncate_text":
+            rendered = shorten(rendered, settings.max_tokens)
         if len(rendered.tile_starts) != row["tiles"] or len(rendered.input_ids) != row["tokens"]:
             raise BadSample(
                 "changed image",
@@ -209,9 +231,8 @@ def open_data(recipe: schema.Recipe, *, rank: int, world_size: int) -> DataPlan:
         dropped_at_index={
             (n, reason): count for n, index in indexes.items() for reason, count in index.dropped.items()
         },
-        fewer_tiles={
-            n: int(index.rows["lowered"].sum()) for n, index in indexes.items() if index.rows["lowered"].any()
-        },
+        fewer_tiles={n: index.fewer_tiles for n, index in indexes.items() if index.fewer_tiles},
+        truncated={n: index.truncated for n, index in indexes.items() if index.truncated},
     )
 
 
@@ -226,5 +247,7 @@ def _report(index: SourceIndex, index_dir: Path, seconds: float) -> None:
         log.warning(
             "source %r: the dropped lines are in %s; delete that folder to look again", index.name, folder / "meta.json"
         )
-    if index.rows["lowered"].any():
-        log.info("source %r: %d samples cut into fewer tiles to fit", index.name, int(index.rows["lowered"].sum()))
+    if index.fewer_tiles:
+        log.info("source %r: %d samples cut into fewer tiles to fit", index.name, index.fewer_tiles)
+    if index.truncated:
+        log.info("source %r: %d samples lose text at their end to fit", index.name, index.truncated)
