@@ -145,6 +145,11 @@ class SourceIndex:
         return sum(count for reason, count in self.dropped.items() if reason != OVERLONG)
 
 
+def index_dir_of(recipe: schema.Recipe) -> Path:
+    """The folder that keeps the indexes of a recipe's sources."""
+    return Path(recipe.data.index_dir) if recipe.data.index_dir else Path(recipe.output_dir) / "data_index"
+
+
 def line_hash(data: bytes) -> int:
     """32 bits of a line's content, blanks around it ignored."""
     return int.from_bytes(hashlib.blake2b(data.strip(), digest_size=4).digest(), "little")
@@ -175,8 +180,11 @@ def open_index(
     max_bad_share: float,
     rank: int,
     timeout_s: float = WAIT_TIMEOUT_S,
+    judge: bool = True,
 ) -> SourceIndex:
     """The index of a source: read where it exists, built by rank 0, waited for by the others.
+
+    With `judge=False` it is returned however bad it is, for those who report on it and train nothing.
 
     Raises DataError when more than `max_bad_share` of the lines are unusable (bad > share * lines), when a sample is
     over-long and that is an error, when nothing is left, or when rank 0 shows no sign of life for `timeout_s`.
@@ -195,7 +203,7 @@ def open_index(
             f"data.index_dir {index_dir}: cannot keep the index of source {source.name!r} there ({error}); "
             "name a writable folder that all nodes share."
         ) from error
-    problem = _too_bad(index, settings, max_bad_share)
+    problem = too_bad(index, settings, max_bad_share) if judge else None
     if problem is not None:
         if rank == 0 and any("image" in reason for reason in index.dropped):
             # Images are no part of the key: keeping this index would hide their repair.
@@ -204,7 +212,8 @@ def open_index(
     return index
 
 
-def _too_bad(index: SourceIndex, settings: IndexSettings, max_bad_share: float) -> str | None:
+def too_bad(index: SourceIndex, settings: IndexSettings, max_bad_share: float) -> str | None:
+    """Why nothing may be trained on this index, or None."""
     head = f"source {index.name!r} ({index.path})"
     if index.num_lines == 0:
         return f"{head} is empty; one JSON object a line is expected."

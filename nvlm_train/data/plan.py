@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nvlm_train.batch import SampleRef
 from nvlm_train.data import chat, packing, tiling
 from nvlm_train.data.images import BadSample, open_image
-from nvlm_train.data.index import IndexSettings, SourceIndex, line_hash, open_index
+from nvlm_train.data.index import IndexSettings, SourceIndex, index_dir_of, line_hash, open_index
 from nvlm_train.data.mixture import Mixture
 from nvlm_train.data.packing import Pack
 from nvlm_train.data.sources import JsonlSource, parse_line
@@ -145,10 +145,10 @@ class DataPlan:
         return LoadedSample(ref, rendered, tiles)
 
 
-def open_data(recipe: schema.Recipe, *, rank: int, world_size: int) -> DataPlan:
+def open_data(recipe: schema.Recipe, *, rank: int, world_size: int, judge: bool = True) -> DataPlan:
     """Reads the tokenizer, indexes the sources (rank 0; others wait) and fixes the order.
 
-    Raises DataError with every problem of every source.
+    Raises DataError with every problem of every source; with `judge=False` (to look, not to train) bad lines are none.
     """
     tokenizer = load_tokenizer(recipe.tokenizer.path)
     rows_of_embedding = recipe.model.language_model.vocab_size
@@ -159,7 +159,7 @@ def open_data(recipe: schema.Recipe, *, rank: int, world_size: int) -> DataPlan:
         )
     settings = IndexSettings.of(recipe, tokenizer)
     validation = recipe.validation
-    index_dir = Path(recipe.data.index_dir) if recipe.data.index_dir else Path(recipe.output_dir) / "data_index"
+    index_dir = index_dir_of(recipe)
     sources: dict[str, JsonlSource] = {}
     indexes: dict[str, SourceIndex] = {}
     problems: list[str] = []
@@ -167,7 +167,8 @@ def open_data(recipe: schema.Recipe, *, rank: int, world_size: int) -> DataPlan:
         try:
             source = JsonlSource(name, given)
             begin = time.monotonic()
-            indexes[name] = open_index(source, settings, index_dir, max_bad_share=recipe.data.max_bad_share, rank=rank)
+            share = recipe.data.max_bad_share
+            indexes[name] = open_index(source, settings, index_dir, max_bad_share=share, rank=rank, judge=judge)
             sources[name] = source
         except DataError as error:
             problems.append(str(error))
