@@ -1,7 +1,8 @@
 """Questions for sources that bring none, and how a question, its options and hints are put together.
 
-Which variant a sample gets follows from the hash of its content alone: the same on every rank, in every epoch and after
-every restart, so that the length index holds. The kinds follow the prompt file of the released code; the words are ours.
+Which variant a sample gets follows from the hash of its content alone: the same on every rank, in every epoch and
+after every restart, so that the length index holds. The kinds follow the prompt file of the released code; the words
+are ours.
 """
 
 from __future__ import annotations

@@ -120,7 +120,8 @@ def _remote_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
 def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
-    return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+    fs, inner = fsspec.core.url_to_fs(url)
+    return fs, inner
 
 
 def _said(error: BaseException) -> str:
@@ -138,7 +139,8 @@ class ByteFile:
                 self._fs, self._inner = _filesystem(path)
                 info = self._fs.info(self._inner)
                 self.size = int(info["size"])
-                self.version = str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created") or "")
+                told = [info.get(key) for key in ("ETag", "etag", "mtime", "LastModified", "created")]
+                self.version = str(next((value for value in told if value), ""))
             else:
                 self._fs = None
                 status = os.stat(path)
@@ -208,7 +210,7 @@ class FilePool:
         with self._lock:
             file = self._files.get(path)
             if file is None:
-                file = self._files[path] = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with its last user
+                file = self._files[path] = open(path, "rb", buffering=0)  # closed with its last user
                 if len(self._files) > _OPEN_FILES:
                     self._files.popitem(last=False)
             else:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_train.data.images import BadSample
-from nvlm_train.data.sources.files import is_url
+from nvlm_train.data.sources.files import is_url, list_files
 from nvlm_train.data.sources.rows import ImageRef, Sample, parse_row
 from nvlm_train.data.sources.source import Record, Source, Unit
 from nvlm_train.errors import DataError
@@ -53,6 +53,13 @@ class RowsSource(Source):
         ratings = {f"{kind}_ratings" for kind in self.form.ratings}
         return [name for name in present if name in _KNOWN or name in mapped or name in ratings]
 
+    def unknown(self, where: Path | str, names: list[str]) -> str:
+        """What to say of a table none of whose columns is known."""
+        return (
+            f"source {self.name!r}: {where} has the columns {', '.join(names[:12])}; none of them is known: map them by "
+            "`columns`, for example columns: {question: prompt}."
+        )
+
     def _record(self, part: int, offset: int, number: int, row: Mapping[str, Any]) -> Record:
         seed = row_hash(row)
         sample: Sample | BadSample
@@ -74,8 +81,8 @@ class RowsSource(Source):
 
 
 _KNOWN = {
-    "messages", "conversations", "texts", "images", "image", "system", "question", "answer", "answers", "answer_weights",
-    "choices", "caption", "text",
+    "messages", "conversations", "texts", "images", "image", "system", "question", "answer", "answers",
+    "answer_weights", "choices", "caption", "text",
 }  # fmt: skip
 
 
@@ -109,10 +116,7 @@ class ParquetSource(RowsSource):
         if k == 0:
             self._columns = wanted
             if not wanted:
-                return [
-                    f"source {self.name!r}: {self.files[k]} has the columns {', '.join(reader.schema_arrow.names[:12])}; "
-                    "none of them is known: map them by `columns`, for example columns: {question: prompt}."
-                ]
+                return [self.unknown(self.files[k], reader.schema_arrow.names)]
         missing = [column for column in self._columns if column not in wanted]
         if missing:
             return [
@@ -235,7 +239,8 @@ class SavedSource(RowsSource):
                     "set `split` to one."
                 )
             folder = folder / settings.split
-        super().__init__(name, settings.model_copy(update={"path": str(folder)}))
+        self._folder = folder
+        super().__init__(name, settings)
         import datasets
         import pyarrow
 
@@ -245,13 +250,13 @@ class SavedSource(RowsSource):
             raise DataError(f"source {name!r}: {folder} is no readable dataset ({error}).") from error
         wanted = self.columns_wanted(list(table.column_names))
         if not wanted:
-            raise DataError(
-                f"source {name!r}: {folder} has the columns {', '.join(table.column_names[:12])}; none of them is known: "
-                "map them by `columns`, for example columns: {question: prompt}."
-            )
+            raise DataError(self.unknown(folder, table.column_names))
         # Taken out of `datasets`' own decoding: images stay the bytes they are stored as.
         self._rows = table.select_columns(wanted).with_format("arrow")
         self.files = [str(folder)]
+
+    def _list(self) -> list[str]:
+        return list_files(self.name, str(self._folder), self.suffixes, self.wanted)
 
     def key_parts(self) -> dict[str, Any]:
         """The content of the folder's files."""

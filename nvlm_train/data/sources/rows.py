@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nvlm_train.data import prompts
-from nvlm_train.data.images import BadSample
+from nvlm_train.data.images import BadSample, read_file
 from nvlm_train.recipe import schema
 
 MARKER = "<image>"
@@ -58,6 +58,11 @@ class ImageRef:
         if self.path is None:
             raise BadSample("missing image", f"image {self.name} was named by a row but no source has found it")
         return self.path
+
+    def read(self) -> bytes:
+        """All bytes of the file. Raises BadSample."""
+        found = self.open()
+        return found if isinstance(found, bytes) else read_file(found, self.name)
 
     def header(self) -> str | bytes:
         """As `open`, but perhaps only the beginning: enough for the size of nearly every image."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,7 +79,7 @@ class Source:
         self.settings = settings
         self.path: Path | str = settings.path if is_url(settings.path) else Path(settings.path)
         self.form = Form.of(settings)
-        self.files = list_files(name, settings.path, self.suffixes, self.wanted)
+        self.files = self._list()
         if len(self.files) >= 1 << (64 - OFFSET_BITS):
             raise DataError(f"source {name!r}: {len(self.files)} files are too many; join some of them.")
         self._pool = FilePool()
@@ -88,6 +87,12 @@ class Source:
         self.image_root = self._image_root()
         self._images = ImageRoot(str(self.image_root))
         self.file(0)  # a file that is missing is told at once
+
+    def __reduce__(self) -> Any:  # another process opens the files for itself
+        return type(self), (self.name, self.settings)
+
+    def _list(self) -> list[str]:
+        return list_files(self.name, self.settings.path, self.suffixes, self.wanted)
 
     def _image_root(self) -> Path | str:
         if self.settings.image_root is not None:

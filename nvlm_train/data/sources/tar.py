@@ -94,9 +94,8 @@ def members(read: Callable[[int, int], bytes], begin: int, end: int) -> Iterator
         after = offset + -(-size // _BLOCK) * _BLOCK
         name = long_name if long_name is not None else info.name
         if offset + size > end:
-            raise TarDamage(
-                first, "cut tar", f"{name} should have {size} bytes, but the file ends {offset + size - end} before", name
-            )
+            missing = offset + size - end
+            raise TarDamage(first, "cut tar", f"{name} should have {size} bytes, but the last {missing} are gone", name)
         if info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME):
             if size > _MAX_NAME:
                 raise TarDamage(first, "damaged tar", f"an extended header of {size} bytes at byte {at}")
@@ -165,18 +164,17 @@ class WebDatasetSource(Source):
     wanted = "`path` names a tar, a folder of tars, or many by a-{000..010}.tar, relative to the current directory."
 
     def __init__(self, name: str, settings: schema.Source) -> None:
-        self._meta = _read_meta(name, settings) if not is_url(settings.path) else None
+        self._meta = read_meta(name, settings) if not is_url(settings.path) else None
         super().__init__(name, settings)
-        self._energon_index: str | None = None
         if self._meta is not None:
-            self.files = self._meta.files
-            self._energon_index = self._meta.index
             columns = {k: v for k, v in settings.columns.model_dump().items() if v is not None}
             mapped = schema.Columns(**{**self._meta.columns, **columns})
             prompt = settings.prompt or self._meta.prompt
             given = settings.model_copy(update={"columns": mapped, "prompt": prompt})
             self.form = Form.of(given, megatron=True)
-            self._opened.clear()
+
+    def _list(self) -> list[str]:
+        return self._meta.files if self._meta is not None else super()._list()
 
     def key_parts(self) -> dict[str, Any]:
         """And what Energon's files say."""
@@ -191,7 +189,7 @@ class WebDatasetSource(Source):
         for part in range(len(self.files)):
             size = self.file(part).size
             places = known(part) if known is not None else None
-            if not places or not all(a < b for a, b in zip(places, places[1:])) or places[-1] >= size or places[0] < 0:
+            if not places or places != sorted(set(places)) or places[0] < 0 or places[-1] >= size:
                 if size:
                     yield Unit(part, 0, size, 1)
                 continue
@@ -201,9 +199,9 @@ class WebDatasetSource(Source):
                 yield Unit(part, places[first], end, first + 1)
 
     def _known_places(self) -> Callable[[int], list[int]] | None:
-        if self._energon_index is None or self._meta is None:
+        if self._meta is None or self._meta.index is None:
             return None
-        ids, path = self._meta.ids, self._energon_index
+        ids, path = self._meta.ids, self._meta.index
 
         def places(part: int) -> list[int]:
             try:
@@ -301,7 +299,6 @@ class WebDatasetSource(Source):
             elif extension == "json" and isinstance(value, list):
                 row["conversations"] = value
         seed = int.from_bytes(digest.digest(), "little")
-        ordered = [image for _, image in sorted(images, key=lambda pair: [str(x) for x in pair[0]])]
         ordered = [image for _, image in sorted(images, key=_image_order)]
         for field, wanted in self.form.columns.model_dump().items():
             if wanted is not None and field not in ("role", "content"):
@@ -399,13 +396,14 @@ def _named_image(whole: Mapping[str, Any], name: Any) -> ImageRef:
 
 @dataclass(frozen=True)
 class EnergonMeta:
-    """What a `.nv-meta` folder says. ids: the number of each tar in the index."""
+    """What a `.nv-meta` folder says of a split. ids: the number of each tar in the index. num_samples: as counted."""
 
     files: list[str]
     ids: list[int]
     index: str | None
     columns: dict[str, str]
     prompt: str | None
+    num_samples: int | None
 
 
 # Fields of Energon's sample types, by the column of ours that means the same.
@@ -416,7 +414,8 @@ _FIELDS = {
 _PROMPTS = {"OCRSample": "ocr", "OCRWebdataset": "ocr"}
 
 
-def _read_meta(name: str, settings: schema.Source) -> EnergonMeta | None:
+def read_meta(name: str, settings: schema.Source) -> EnergonMeta | None:
+    """What the `.nv-meta` folder of a source says, or None where it has none. Raises DataError."""
     root = settings.path
     if os.path.basename(os.path.normpath(root)) == ".nv-meta":
         root = os.path.dirname(os.path.normpath(root))
@@ -451,7 +450,10 @@ def _read_meta(name: str, settings: schema.Source) -> EnergonMeta | None:
     if index is not None and (not os.path.isfile(index) or any(file not in listed for file in chosen)):
         index = None
     ids = [listed.index(file) if file in listed else -1 for file in chosen]
-    return EnergonMeta(files, ids, index, *_read_fields(name, folder))
+    counts = info.get("shard_counts") or {}
+    sizes = [counts.get(file) for file in chosen]
+    total = sum(size for size in sizes if isinstance(size, int)) if None not in sizes else None
+    return EnergonMeta(files, ids, index, *_read_fields(name, folder), total)
 
 
 def _read_fields(name: str, folder: str) -> tuple[dict[str, str], str | None]:
