@@ -229,7 +229,7 @@ def open_index(
 
     With `judge=False` it is returned however bad it is, for those who report on it and train nothing.
 
-    num_workers: processes that build it; 0: as many as are worth while.
+    num_workers: processes that build it; 0: one for each core that may be used. Small sources are built by this one.
     Raises DataError when more than `max_bad_share` of the lines are unusable (bad > share * lines), when a sample is
     over-long and that is an error, when nothing is left, or when rank 0 shows no sign of life for `timeout_s`.
     """
@@ -339,8 +339,10 @@ def _scan(source: Source, settings: IndexSettings, chunks: Path, heartbeat: Path
     from tqdm import tqdm
 
     total = source.amount
-    if num_workers == 0:
-        num_workers = 1 if total <= _ALONE[source.unit] else len(os.sched_getaffinity(0))
+    if total <= _ALONE[source.unit]:
+        num_workers = 1
+    elif num_workers == 0:
+        num_workers = len(os.sched_getaffinity(0))
     told = time.monotonic()
     samples = count = done = 0
 

@@ -567,7 +567,8 @@ def _origins(recipe: Recipe, tree: Value) -> dict[str, Origin]:
                     if isinstance(named, Section):
                         walk(named, node_of, f"{prefix}{name}.{inner}.")
                     else:  # a mapping of names to plain values
-                        origins[f"{prefix}{name}.{inner}"] = node_of.origin if node_of is not None else Origin("default")
+                        origin = node_of.origin if node_of is not None else Origin("default")
+                        origins[f"{prefix}{name}.{inner}"] = origin
             elif child is not None:
                 origins[prefix + name] = child.origin
             else:

@@ -15,6 +15,7 @@ from nvlm_train.errors import DataError
 UNIT_BYTES = 4 << 20
 _MAX_RECORD = 1 << 30
 _BLOCK = 1 << 20
+_HEAD_BYTES = 1 << 16
 _BOM = b"\xef\xbb\xbf"
 END_OF_TEXT = b"<|endoftext|>"
 
@@ -135,11 +136,11 @@ class JsonSource(BytesSource):
 
     def _elements(self, part: int) -> Iterator[tuple[int, int]]:
         file = self.file(part)
-        head = file.read_on(0, _BLOCK)
+        head = file.read_on(0, _HEAD_BYTES)
         begin = len(_BOM) if head.startswith(_BOM) else 0
         opening = head[begin:].lstrip()
         if opening[:1] != b"[":
-            if not opening and file.size < _BLOCK:
+            if not opening and file.size < _HEAD_BYTES:
                 return  # an empty file: told as an empty source
             hint = "an object; kind: jsonl reads one object a line" if opening[:1] == b"{" else repr(opening[:20])
             raise DataError(f"source {self.name!r}: {file.path} is no JSON array, it begins with {hint}.")

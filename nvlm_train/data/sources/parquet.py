@@ -56,8 +56,8 @@ class RowsSource(Source):
     def unknown(self, where: Path | str, names: list[str]) -> str:
         """What to say of a table none of whose columns is known."""
         return (
-            f"source {self.name!r}: {where} has the columns {', '.join(names[:12])}; none of them is known: map them by "
-            "`columns`, for example columns: {question: prompt}."
+            f"source {self.name!r}: {where} has the columns {', '.join(names[:12])}; none of them is known: map them "
+            "by `columns`, for example columns: {question: prompt}."
         )
 
     def _record(self, part: int, offset: int, number: int, row: Mapping[str, Any]) -> Record:

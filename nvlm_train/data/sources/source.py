@@ -131,7 +131,8 @@ class Source:
         for file in files:
             content.update(f"{os.path.basename(file.path)}/{file.size}/".encode())
             if total <= _WHOLE_BYTES:
-                content.update(file.read(0, file.size))
+                for begin in range(0, file.size, _END_BYTES):
+                    content.update(file.read_on(begin, _END_BYTES))
                 continue
             content.update(file.version.encode())
             content.update(file.read(0, ends))
