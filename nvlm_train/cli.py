@@ -266,7 +266,7 @@ VERBS: dict[str, Verb] = {
     "verify": Verb(
         "compare an export with the checkpoint it was made of",
         _verify_arguments,
-        "verify exports/quickstart --against runs/quickstart/step_600",
+        "verify runs/quickstart/export --against runs/quickstart/2_sft",
         _verify,
     ),
     "generate": Verb(
@@ -278,7 +278,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb(
         "share of right answers on held-out data",
         _evaluate_arguments,
-        "evaluate exports/quickstart --data demo/held_out.jsonl --json",
+        "evaluate runs/quickstart/export --data demo/data/heldout_pairs.jsonl --json",
         _evaluate,
     ),
     "env": Verb("versions, devices and launcher variables", _json_flag, "env --json", _env),

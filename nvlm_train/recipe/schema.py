@@ -302,7 +302,7 @@ class Data(Section):
     pack_tokens: int = key(doc="Tokens in one pack: what one row of a micro batch holds.", gt=0, resume="ask")
     overlong: Literal["drop", "fewer_tiles", "error"] = key(
         "fewer_tiles",
-        doc="A sample longer than max_tokens_per_sample: drop it; cut its images into fewer tiles (6, 4, 2, 1) and "
+        doc="A sample longer than max_tokens_per_sample: drop it; cut its images into fewer tiles (8, 6, 4, 2, 1) and "
         "drop it only when that is not enough; or stop. Never cut through an image.",
         resume="ask",
     )

