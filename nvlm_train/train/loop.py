@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,16 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
         if launch.rank == 0:
             idle = torch.cuda.device_count() - 1 if launch.launcher == "alone" and torch.cuda.is_available() else 0
             screen = announce.first_screen(
-                recipe, resolved, launch, start, account, str(world.device), attempt, announce.data_lines(plan), idle
+                recipe,
+                resolved,
+                launch,
+                start,
+                account,
+                str(world.device),
+                attempt,
+                plan,
+                shlex.join([str(loaded.path), *loaded.overrides]),
+                idle,
             )
             log.info("%s", "\n" + screen)
         with StopRequest(start.run, recipe.checkpoint.signal, watch_files=launch.rank == 0) as stop:
