@@ -14,6 +14,7 @@ previous checkpoint untouched. Imports torch, never deepspeed, so that export an
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -175,6 +176,7 @@ def save(
                     if leftover.exists() and not (leftover / COMMITTED).exists():
                         shutil.rmtree(leftover)
                 (temporary / "weights").mkdir(parents=True)
+                _require_space(run, sum(torch.Size(shape).numel() for shape in shapes.values()) * 4 * len(STATE_KEYS))
         with _together(gather, rank, what):
             mesh = _mesh(world_size, control)
             tensors = {
@@ -208,6 +210,17 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    """Raises OSError before a byte is written when the file system has no room for what is to come."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the checkpoint needs {needed / 2**30:.2f} GiB, {folder} has {free / 2**30:.2f} GiB free; make room or "
+            "lower checkpoint.keep_last",
+        )
 
 
 @contextmanager

@@ -157,14 +157,21 @@ def _keys_arguments(parser: argparse.ArgumentParser) -> None:
     _json_flag(parser)
 
 
+def _resume(text: str) -> str:
+    if text in ("auto", "never") or (text.startswith("step_") and text.removeprefix("step_").isdigit()):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor never nor step_N (step_400, say)")
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
     parser.add_argument(
         "--resume",
-        choices=("auto", "never"),
+        type=_resume,
         default="auto",
-        help="auto: go on from the newest checkpoint of output_dir, if there is one; "
-        "never: refuse an output_dir that holds a run",
+        metavar="auto|never|step_N",
+        help="auto: go on from the newest checkpoint of output_dir, if there is one; never: refuse an output_dir that "
+        "holds a run; step_N: go back to that checkpoint, later ones and their metrics are set aside, not deleted",
     )
     parser.add_argument(
         "--accept",

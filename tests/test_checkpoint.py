@@ -215,3 +215,17 @@ def test_frozen_weights_may_move_but_not_change(tmp_path: Path) -> None:
         checkpoint.write_base(run, {"vision_model.w": f"{second}:w"})
     with pytest.raises(CheckpointError, match="now from nothing, then from"):
         checkpoint.write_base(run, {})
+
+
+def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _save(tmp_path, 3)
+    usage = shutil.disk_usage(tmp_path)
+    needed = 22 * 3 * 4  # 22 elements, three fp32 tensors
+    for free, fits in [(needed - 1, False), (needed, True)]:
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if fits:
+            assert _save(tmp_path, 6).name == "step_6"
+        else:
+            with pytest.raises(CheckpointError, match=r"the checkpoint needs .* GiB free; make room or lower"):
+                _save(tmp_path, 6)
+            assert [p.name for p in tmp_path.iterdir()] == ["step_3"]

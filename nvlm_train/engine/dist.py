@@ -32,7 +32,7 @@ class World:
     owned: bool  # this package started the default group, so it ends it
 
 
-def start(launch: Launch, timeout_s: float = 600.0) -> World:
+def start(launch: Launch, timeout_s: float) -> World:
     """Joins the job: sets the device, starts the groups and makes DeepSpeed use them.
 
     A default group that runs already (a notebook's, a test's) is used as it is.

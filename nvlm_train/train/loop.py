@@ -29,6 +29,7 @@ from nvlm_train.train.loss import tower_features
 from nvlm_train.train.metrics import Clock, Console, MetricsFile, Sink, open_sinks, peak_memory_gib
 from nvlm_train.train.stop import StopRequest
 from nvlm_train.train.validation import ValidationResult, validate
+from nvlm_train.train.watch import HangWatch
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,11 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size)
     state.check_data(start, plan.fingerprint, accept)
 
-    world = dist.start(launch)
+    world = dist.start(launch, recipe.distributed.timeout_s)
     try:
         dist.barrier(world)  # every rank has looked at the run directory; only now may it change
         if launch.rank == 0:
+            state.set_aside(start)
             state.write_run_files(start, recipe, resolved, attempt)
             frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
             checkpoint.write_base(start.run, frozen)
@@ -80,8 +82,12 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
                 idle,
             )
             log.info("%s", "\n" + screen)
-        with StopRequest(start.run, recipe.checkpoint.signal, watch_files=launch.rank == 0) as stop:
-            _run(recipe, resolved, world, built, plan, progress, start.run, stop)
+        stacks = start.run / f"stacks_rank_{launch.rank}.txt"
+        with (
+            HangWatch(recipe.distributed.hang_s, stacks) as watch,
+            StopRequest(start.run, recipe.checkpoint.signal, watch_files=launch.rank == 0) as stop,
+        ):
+            _run(recipe, resolved, world, built, plan, progress, start.run, stop, watch)
         return 0
     finally:
         dist.stop(world)
@@ -105,6 +111,7 @@ def _run(
     progress: state.Progress,
     run: Path,
     stop: StopRequest,
+    watch: HangWatch,
 ) -> None:
     rank0 = world.rank == 0
     metrics = MetricsFile(run / "metrics.jsonl", progress.step) if rank0 else None
@@ -127,6 +134,7 @@ def _run(
             _require_finite(loss, grad_norm, progress.step + 1, data, counts, run)
             _advance(progress, counts)
             clock.stop("step")
+            watch.alive()
             last = progress.step == recipe.max_steps
             tokens, tiles = tokens + counts["tokens"], tiles + counts["tiles"]
 
@@ -150,6 +158,7 @@ def _run(
                     dtype=built.dtype,
                     tiles_per_chunk=recipe.vision_tiles_per_chunk,
                 )
+                watch.alive()
                 improved, early = _judge(recipe, progress, result)
                 if metrics is not None and console is not None:
                     _publish_validation(metrics, console, sinks, progress, result, improved)
@@ -157,6 +166,7 @@ def _run(
             if last or stops or saves or improved or early or progress.step % recipe.checkpoint.every_steps == 0:
                 began = time.monotonic()
                 path = state.save(built, run, progress, recipe, resolved, plan.fingerprint)
+                watch.alive()
                 if console is not None:
                     console.say(f"saved {path} in {time.monotonic() - began:.1f} s")
             if stops or early:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ class Start:
     run: Path
     step: int  # 0: from `init_from`
     changes: list[str]  # keys that differ from the last attempt, allowed
+    later: list[int] = field(default_factory=list)  # complete checkpoints after `step`, to be set aside
 
     @property
     def checkpoint(self) -> Path | None:
@@ -69,7 +71,7 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
     """Looks at the run directory before anything is built.
 
     Raises RecipeError when the directory belongs to a run that this recipe would change, or when `resume` is "never"
-    and it is not empty.
+    and it is not empty, or names a step without a complete checkpoint.
     """
     run = Path(recipe.output_dir)
     if run.exists() and not run.is_dir():
@@ -88,7 +90,29 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
         raise RecipeError(f"output_dir: '{run}' already holds a run and --resume is never; name another folder")
     saved = checkpoint.read_json(run / "recipe.json")["recipe"]
     differences = check_resume(saved, recipe, accept)
-    return Start(run, steps[-1] if steps else 0, [str(difference.key) for difference in differences])
+    step = steps[-1] if steps else 0
+    if resume.startswith("step_"):
+        step = int(resume.removeprefix("step_"))
+        if step not in steps:
+            there = ", ".join(f"step_{n}" for n in steps) or "none"
+            raise RecipeError(f"--resume {resume}: '{run}' has no complete checkpoint of that step; there are: {there}")
+    return Start(run, step, [str(difference.key) for difference in differences], [n for n in steps if n > step])
+
+
+def set_aside(start: Start) -> None:
+    """Moves what comes after the step that the run goes back to into RUN/set_aside/N/: checkpoints and metrics."""
+    if not start.later:
+        return
+    parent = start.run / "set_aside"
+    numbers = [int(folder.name) for folder in parent.glob("*") if folder.name.isdigit()]
+    folder = parent / str(max(numbers, default=0) + 1)
+    folder.mkdir(parents=True)
+    metrics = start.run / "metrics.jsonl"
+    if metrics.exists():
+        shutil.copy2(metrics, folder / metrics.name)
+    for step in reversed(start.later):  # the newest first: interrupted, the rest is still a run without a gap
+        (start.run / f"step_{step}").rename(folder / f"step_{step}")
+    log.info("set aside %s in %s", ", ".join(f"step_{step}" for step in start.later), folder)
 
 
 def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance: dict[str, Any]) -> None:

@@ -91,3 +91,22 @@ def test_alone_is_a_world_of_one_and_user_errors_have_no_traceback(inputs: Path,
         timeout=60,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr and "nowhere" in done.stderr
+
+
+def test_a_stopped_process_is_noticed_and_the_run_ends(inputs: Path, tmp_path: Path) -> None:
+    """SIGSTOP, as of a frozen host: the other rank waits in a collective, says where, and the job ends."""
+    log, out = tmp_path / "log", tmp_path / "run"
+    process = start(inputs, out, "max_steps=500", "distributed.hang_s=4", "validation=null", log=log)
+    wait_for_step(out, 2, process)
+    stopped = ranks_of(process)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        until = time.monotonic() + 60
+        while not (out / "stacks_rank_0.txt").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+    finally:
+        os.kill(stopped, signal.SIGKILL)  # torchrun would wait 30 s for it
+    assert process.wait(60) != 0
+    text = log.read_text()
+    assert "no step has ended for" in text and "distributed.hang_s is 4" in text
+    assert "train/loop.py" in (out / "stacks_rank_0.txt").read_text()

@@ -221,6 +221,20 @@ def test_a_run_directory_of_another_recipe_is_refused_with_the_diff(inputs: Path
     assert [record["step"] for record in steps(out)] == [1, 2, 3]
 
 
+def test_going_back_to_a_step_sets_later_ones_aside(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, "checkpoint.keep_last=5") == (0, "")
+    kept = checkpoint.committed_steps(out)
+    assert kept[0] < 6
+    code, text = run(inputs, out, "checkpoint.keep_last=5", resume="step_5")
+    assert code == 2 and "has no complete checkpoint of that step; there are: step_3" in text
+    assert run(inputs, out, "checkpoint.keep_last=5", resume=f"step_{kept[0]}") == (0, "")
+    assert trajectory(out) == trajectory(whole)
+    aside = out / "set_aside" / "1"
+    assert checkpoint.committed_steps(aside) == kept[1:]
+    assert len((aside / "metrics.jsonl").read_text().splitlines()) == len(metrics(whole))
+
+
 def test_changed_data_is_refused_on_resume(inputs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(inputs.parent, folder)
