@@ -1,6 +1,7 @@
 """The command `nvlm-train`: one table of verbs. Each verb imports what it needs when it runs, then calls one function.
 
-Exit codes: 0 done, 1 a bug (with its traceback), 2 something the user can put right, 130 interrupted. What is asked for
+Exit codes: 0 done, 1 a bug (with its traceback) or a verification that found a difference, 2 something the user can
+put right, 130 interrupted. What is asked for
 goes to stdout, progress and errors to stderr. Nothing heavy is imported here, so that `--help` is quick.
 """
 
@@ -188,7 +189,10 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", metavar="OUT", help="folder to write; must not hold another export")
     parser.add_argument("--no-verify", action="store_true", help="do not reload and compare the export")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the weights (default: bf16)")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), help="type of the weights (default: the recipe's precision)"
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder, where the recipe's has moved")
     parser.add_argument("--max-shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
     _json_flag(parser)
 

@@ -229,3 +229,36 @@ def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, mon
             with pytest.raises(CheckpointError, match=r"the checkpoint needs .* GiB free; make room or lower"):
                 _save(tmp_path, 6)
             assert [p.name for p in tmp_path.iterdir()] == ["step_3"]
+
+
+def test_weights_behind_links_are_found_again(tmp_path: Path) -> None:
+    """A hub's cache holds links called model.safetensors to files that are called after their hash."""
+    blob, snapshot, run = tmp_path / "blobs" / "abc123", tmp_path / "snapshot", tmp_path / "run"
+    blob.parent.mkdir()
+    snapshot.mkdir()
+    run.mkdir()
+    save_file({"w": torch.arange(4.0)}, str(blob))
+    (snapshot / "model.safetensors").symlink_to(blob)
+    checkpoint.write_base(run, {"vision_model.w": f"{snapshot / 'model.safetensors'}:w"})
+    checkpoint.write_json(run / "recipe.json", {"format": 1, "recipe": {}, "attempts": []})
+    _save(run, 3)
+    assert torch.equal(checkpoint.open_checkpoint(run, checksums=True).read("vision_model.w"), torch.arange(4.0))
+
+
+def test_slices_leftovers_and_the_best(tmp_path: Path) -> None:
+    checkpoint.write_base(tmp_path, {})
+    checkpoint.write_json(tmp_path / "recipe.json", {"format": 1, "recipe": {}, "attempts": []})
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        checkpoint.find_step(tmp_path / "best")
+    _save(tmp_path, 3)
+    name = "projector.fc1.weight"
+    assert torch.equal(checkpoint.open_checkpoint(tmp_path).read_slice(name, 4, 9), _slices()[name]["master"][4:9])
+    with pytest.raises(CheckpointError, match="no best checkpoint: no validation has run"):
+        checkpoint.find_step(tmp_path / "best")
+    state = json.loads((tmp_path / "step_3" / "state.json").read_text())
+    (tmp_path / "step_3" / "state.json").write_text(json.dumps({**state, "progress": {"best_step": 3}}))
+    assert checkpoint.find_step(tmp_path / "best") == tmp_path / "step_3"
+    (tmp_path / ".saving_step_9" / "weights").mkdir(parents=True)
+    (tmp_path / "step_2").mkdir()
+    checkpoint.clear_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["step_3"]

@@ -61,6 +61,9 @@ def data_lines(plan: DataPlan) -> list[str]:
         samples = len(plan.train_rows[name])
         epochs = drawn * float(share) / samples
         lines.append(f"{name}: {samples:,} samples, {float(share):.1%} of the mixture, {epochs:.2f} epochs")
+    lines += [
+        f"{name}: {count} samples cut into fewer tiles to fit" for name, count in sorted(plan.fewer_tiles.items())
+    ]
     lines += [f"{name}: validation, {len(plan.held_out[name]):,} samples" for name in plan.validation_sources()]
     lines += [
         f"{name}: {count} lines dropped, {reason}" for (name, reason), count in sorted(plan.dropped_at_index.items())
@@ -136,8 +139,8 @@ def first_screen(
         facts["changed"] = f"{', '.join(start.changes)} since the last attempt"
     if idle_gpus:
         facts["hint"] = (
-            f"{idle_gpus} more GPUs are idle; use them with: torchrun --standalone --nproc_per_node {idle_gpus + 1} "
-            f"-m nvlm_train train {command_line}"
+            f"{idle_gpus} more GPUs of this host are not used by this run; use them with: torchrun --standalone "
+            f"--nproc_per_node {idle_gpus + 1} -m nvlm_train train {command_line}"
         )
     lines = []
     for name, fact in facts.items():

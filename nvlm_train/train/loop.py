@@ -57,13 +57,17 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     world = dist.start(launch, recipe.distributed.timeout_s)
     try:
         dist.barrier(world)  # every rank has looked at the run directory; only now may it change
-        if launch.rank == 0:
-            state.set_aside(start)
-            state.write_run_files(start, recipe, resolved, attempt)
-            frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
-            checkpoint.write_base(start.run, frozen)
+        frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
+        state.write_base(start.run, frozen, world)
+        if not start.step:
+            state.verify_earlier_run(recipe, world)
         built = state.build(recipe, resolved, world, weights, skip_trained=start.step > 0)
         progress = state.restore(built, start.checkpoint) if start.checkpoint else state.Progress()
+        with dist.agreed(world, "writing the run's files"):
+            if launch.rank == 0:
+                checkpoint.clear_leftovers(start.run)
+                state.set_aside(start)
+                state.write_run_files(start, recipe, resolved, attempt)
         if _stopped_early(recipe, progress):
             log.info("%s stopped early: validation had not improved at step %d", start.run, progress.step)
             return 0
@@ -95,7 +99,8 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
 
 def _stopped_early(recipe: Recipe, progress: state.Progress) -> bool:
     early = recipe.validation.early_stop if recipe.validation is not None else None
-    return early is not None and progress.validations_without_improvement >= early.patience
+    same = progress.best_measure == state.validation_measure(recipe)
+    return early is not None and same and progress.validations_without_improvement >= early.patience
 
 
 def _is_trained(recipe: Recipe, name: str) -> bool:
@@ -122,6 +127,11 @@ def _run(
     clock = Clock(world.device)
     since, tokens, tiles = time.monotonic(), 0, 0  # of the steps since the last line of metrics
     try:
+        if progress.validation_due:  # the last attempt was asked to stop before it
+            if _validate(recipe, world, built, plan, progress, metrics, console, sinks)[1]:
+                return
+            watch.alive()
+            since = time.monotonic()
         clock.start()
         while progress.step < recipe.max_steps:
             data, counts = _load(world, plan, loader)
@@ -150,18 +160,10 @@ def _run(
 
             improved = early = False
             if recipe.validation is not None and (progress.step % recipe.validation.every_steps == 0 or last):
-                result = validate(
-                    built.engine,
-                    built.tower,
-                    plan,
-                    world,
-                    dtype=built.dtype,
-                    tiles_per_chunk=recipe.vision_tiles_per_chunk,
-                )
+                progress.validation_due = True
+            if progress.validation_due and not stops:  # asked to stop, saving comes first; the next start validates
+                improved, early = _validate(recipe, world, built, plan, progress, metrics, console, sinks)
                 watch.alive()
-                improved, early = _judge(recipe, progress, result)
-                if metrics is not None and console is not None:
-                    _publish_validation(metrics, console, sinks, progress, result, improved)
 
             if last or stops or saves or improved or early or progress.step % recipe.checkpoint.every_steps == 0:
                 began = time.monotonic()
@@ -175,6 +177,7 @@ def _run(
                     console.say(f"stopped after step {progress.step} of {recipe.max_steps}: {why}; saved {path}")
                 stop.forget_file()
                 break
+            since = time.monotonic() if progress.step % recipe.log.every_steps == 0 else since  # not of the next steps
             clock.start()
     finally:
         loader.close()
@@ -191,10 +194,11 @@ def _load(world: dist.World, plan: DataPlan, loader: StepLoader) -> tuple[StepDa
     One small int64 all-reduce: it fixes the denominator of the loss before the first backward, and it tells the other
     ranks when data failed on one of them, so that all stop with its message instead of waiting for it.
     """
-    data, error = None, None
+    data: StepData | None = None
+    error: Exception | None = None
     try:
         data = next(loader)
-    except NvlmError as raised:
+    except Exception as raised:
         error = raised
     sources = list(plan.mixture.names)
     values = [int(error is not None)] + [0] * (5 + len(sources))
@@ -203,8 +207,7 @@ def _load(world: dist.World, plan: DataPlan, loader: StepLoader) -> tuple[StepDa
         values += [data.samples_by_source.get(source, 0) for source in sources]
     summed = dist.sum_over_ranks(world, values, torch.int64)
     if summed[0]:
-        messages = dist.gather(world, None if error is None else str(error))
-        raise error or DataError("\n".join(f"rank {r}: {m}" for r, m in enumerate(messages) if m is not None))
+        dist.raise_together(world, error, "loading data")
     assert data is not None
     totals: dict[str, Any] = dict(
         zip(("trained_tokens", "tokens", "tiles", "samples", "bad"), summed[1:], strict=False)
@@ -299,11 +302,34 @@ def _publish(metrics: MetricsFile, console: Console, sinks: list[Sink], record: 
         sink.write(record)
 
 
+def _validate(
+    recipe: Recipe,
+    world: dist.World,
+    built: state.Built,
+    plan: DataPlan,
+    progress: state.Progress,
+    metrics: MetricsFile | None,
+    console: Console | None,
+    sinks: list[Sink],
+) -> tuple[bool, bool]:
+    result = validate(
+        built.engine, built.tower, plan, world, dtype=built.dtype, tiles_per_chunk=recipe.vision_tiles_per_chunk
+    )
+    progress.validation_due = False
+    improved, early = _judge(recipe, progress, result)
+    if metrics is not None and console is not None:
+        _publish_validation(metrics, console, sinks, progress, result, improved)
+    return improved, early
+
+
 def _judge(recipe: Recipe, progress: state.Progress, result: ValidationResult) -> tuple[bool, bool]:
     """(this is the best so far, it is time to stop early)."""
     assert recipe.validation is not None
     loss = result.marked(recipe.validation.best)
-    if progress.best_loss is None or loss < progress.best_loss:
+    measure = state.validation_measure(recipe)
+    if progress.best_measure != measure:  # another set or another mark: older losses do not compare
+        progress.best_loss, progress.validations_without_improvement, progress.best_measure = None, 0, measure
+    if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss, progress.best_step, progress.validations_without_improvement = loss, progress.step, 0
         return True, False
     progress.validations_without_improvement += 1
