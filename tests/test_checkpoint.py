@@ -197,9 +197,9 @@ def test_saved_and_restored_goes_on_as_if_never_stopped(tmp_path: Path, stage: i
         for name, value in tensors.items():
             assert torch.equal(found["state_resumed"][key][name], value), (key, name)
     if (stage, precision) == (3, "fp32"):
-        # the same checkpoint on one rank: only the order of sums differs; worst case measured 5e-7
+        # the same checkpoint on one rank: only the order of sums differs; worst case measured 1.4e-7
         other = run_distributed(1, job, folder=str(tmp_path), stage=3, precision=precision, restore_only=True)[0]
-        torch.testing.assert_close(other["resumed"], found["uninterrupted"], rtol=0, atol=5e-6)
+        torch.testing.assert_close(other["resumed"], found["uninterrupted"], rtol=0, atol=2e-6)
 
 
 def test_frozen_weights_may_move_but_not_change(tmp_path: Path) -> None:
