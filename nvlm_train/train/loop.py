@@ -137,11 +137,13 @@ def _run(
             data, counts = _load(world, plan, loader)
             clock.stop("data")
             rates = _set_rates(recipe, resolved, built, progress.step)
-            loss, grad_norm = _step(recipe, world, built, data, counts["trained_tokens"], clock)
+            losses, grad_norm = _step(recipe, world, built, data, counts["trained_tokens"], clock)
             stop_asked, save_asked = stop.asked()
-            loss, stops, saves = dist.sum_over_ranks(world, [loss, float(stop_asked), float(save_asked)], torch.float64)
+            asked = [sum(losses), float(stop_asked), float(save_asked)]
+            loss, stops, saves = dist.sum_over_ranks(world, asked, torch.float64)
             loss = loss / counts["trained_tokens"] if counts["trained_tokens"] else math.nan
-            _require_finite(loss, grad_norm, progress.step + 1, data, counts, run)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                _stop_for_non_finite(world, loss, grad_norm, progress.step + 1, data, losses, run)
             _advance(progress, counts)
             clock.stop("step")
             watch.alive()
@@ -161,7 +163,8 @@ def _run(
             improved = early = False
             if recipe.validation is not None and (progress.step % recipe.validation.every_steps == 0 or last):
                 progress.validation_due = True
-            if progress.validation_due and not stops:  # asked to stop, saving comes first; the next start validates
+            # asked to stop, saving comes first and the next start validates; after the last step there is none
+            if progress.validation_due and (last or not stops):
                 improved, early = _validate(recipe, world, built, plan, progress, metrics, console, sinks)
                 watch.alive()
 
@@ -229,8 +232,8 @@ def _set_rates(recipe: Recipe, resolved: Resolved, built: state.Built, step: int
 
 def _step(
     recipe: Recipe, world: dist.World, built: state.Built, data: StepData, trained_tokens: int, clock: Clock
-) -> tuple[float, float]:
-    """One optimizer step. Returns this rank's sum of losses and the global gradient norm."""
+) -> tuple[list[float], float]:
+    """One optimizer step. Returns this rank's sum of losses of each micro-step and the global gradient norm."""
     losses = []
     clock.start()
     for number, host_batch in enumerate(data.micro_batches, start=1):
@@ -243,25 +246,38 @@ def _step(
         clock.stop("backward")
         losses.append(loss_sum.detach())
     grad_norm = zero.step(built.engine)
-    return float(torch.stack(losses).double().sum()), grad_norm
+    return torch.stack(losses).double().tolist(), grad_norm
 
 
-def _require_finite(
-    loss: float, grad_norm: float, step: int, data: StepData, counts: dict[str, Any], run: Path
+def _stop_for_non_finite(
+    world: dist.World, loss: float, grad_norm: float, step: int, data: StepData, losses: list[float], run: Path
 ) -> None:
-    """Stops before a step with a broken loss or gradient can be saved; the last checkpoint stays as it is."""
-    if not counts["trained_tokens"]:
+    """Stops before a step with a broken loss or gradient can be saved; the last checkpoint stays as it is.
+
+    What the step was made of is written down: RUN/nonfinite/step_N.json, every rank's samples and losses.
+    """
+    own = [
+        {"loss": value, "samples": [list(ref) for ref in batch.samples]}
+        for value, batch in zip(losses, data.micro_batches, strict=True)
+    ]
+    ranks = dist.gather(world, own)
+    trained = sum(dist.gather(world, data.trained_tokens))
+    if not trained:
         raise DataError(
             f"step {step}: none of its samples could be used, so there is nothing to train on; see "
             f"{run / 'bad_samples.jsonl'}"
         )
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    refs = [f"{ref.source}:{ref.row}" for batch in data.micro_batches for ref in batch.samples]
+    file = run / "nonfinite" / f"step_{step}.json"
+    with dist.agreed(world, f"writing {file}"):
+        if world.rank == 0:
+            file.parent.mkdir(exist_ok=True)
+            content = {"format": checkpoint.FORMAT, "step": step, "loss": str(loss), "grad_norm": str(grad_norm)}
+            text = [[{**micro, "loss": str(micro["loss"])} for micro in rank] for rank in ranks]
+            checkpoint.write_json(file, {**content, "micro_steps_by_rank": text})
     raise NvlmError(
         f"step {step}: loss is {loss}, gradient norm {grad_norm}; nothing was saved after the last checkpoint in {run}."
-        f" Samples of this step on this rank: {', '.join(refs[:12])}{' ...' if len(refs) > 12 else ''}. "
-        "Lower optimizer.lr, lengthen schedule.warmup_steps, or check these samples; then start again to resume"
+        f" The samples of this step (source, row, epoch) and their losses are in {file}. Lower optimizer.lr, lengthen "
+        "schedule.warmup_steps, or check these samples; then start again to resume"
     )
 
 

@@ -341,8 +341,10 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(inputs: Path, tmp_pa
         inputs, out, "optimizer.lr=1.0e+30", "optimizer.module_lr=null", "checkpoint.every_steps=1", "validation=null"
     )
     assert code == 2 and "loss is" in text and "nothing was saved after the last checkpoint" in text
-    assert "images:" in text or "text:" in text  # which samples
     step = int(text.split("step ")[1].split(":")[0])
+    written = json.loads((out / "nonfinite" / f"step_{step}.json").read_text())
+    samples = [tuple(ref) for rank in written["micro_steps_by_rank"] for micro in rank for ref in micro["samples"]]
+    assert len(samples) == len(set(samples)) == 9 and {source for source, _, _ in samples} == {"images", "text"}
     assert all(saved < step for saved in checkpoint.committed_steps(out))
 
 
