@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -66,12 +67,13 @@ class DataPlan:
     fewer_tiles: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Equal for two plans that yield the same samples in the same order and packs."""
         order = [str(share) for share in self.mixture.shares]
         limits = [self.mixture.seed, self.recipe.global_batch.samples, self.recipe.data.pack_tokens]
-        digest = hashlib.sha256(json.dumps([self.mixture.names, order, limits]).encode())
+        settings = self.settings.key_parts()
+        digest = hashlib.sha256(json.dumps([self.mixture.names, order, limits, settings], sort_keys=True).encode())
         for name in self.mixture.names:
             rows = self.indexes[name].rows[self.train_rows[name]]
             for column in ("hash", "tokens", "tiles", "max_tiles"):  # not the paths: data may be moved

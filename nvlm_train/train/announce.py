@@ -61,11 +61,31 @@ def data_lines(plan: DataPlan) -> list[str]:
         samples = len(plan.train_rows[name])
         epochs = drawn * float(share) / samples
         lines.append(f"{name}: {samples:,} samples, {float(share):.1%} of the mixture, {epochs:.2f} epochs")
+    lines += [
+        f"{name}: {count} samples cut into fewer tiles to fit" for name, count in sorted(plan.fewer_tiles.items())
+    ]
     lines += [f"{name}: validation, {len(plan.held_out[name]):,} samples" for name in plan.validation_sources()]
     lines += [
         f"{name}: {count} lines dropped, {reason}" for (name, reason), count in sorted(plan.dropped_at_index.items())
     ]
     return lines
+
+
+def expected_step(plan: DataPlan) -> str:
+    """Tokens, trained tokens and tiles of an average step, from the lengths in the index; packs of the first one."""
+    samples = plan.recipe.global_batch.samples
+    means = {}
+    for column in ("tokens", "trained", "tiles"):
+        by_source = [
+            float(share) * plan.indexes[name].rows[column][plan.train_rows[name]].mean()
+            for name, share in zip(plan.mixture.names, plan.mixture.shares, strict=True)
+        ]
+        means[column] = samples * sum(by_source)
+    micro_steps = len(plan.deal_step(0))
+    return (
+        f"about {means['tokens']:,.0f} tokens a step, {means['trained']:,.0f} trained, {means['tiles']:,.0f} tiles; "
+        f"the first step: {len(plan.plan_step(0))} packs in {micro_steps} micro-steps"
+    )
 
 
 def first_screen(
@@ -76,7 +96,8 @@ def first_screen(
     account: Account,
     device: str,
     attempt: Mapping[str, Any],
-    data: list[str],
+    plan: DataPlan,
+    command_line: str,
     idle_gpus: int,
 ) -> str:
     """The text, one fact a line."""
@@ -101,9 +122,12 @@ def first_screen(
                 for module, count in counts.items()
             ),
         ],
-        "batch": f"{batch.samples} samples a step in packs of {batch.pack_tokens} tokens, {batch.world_size} ranks x "
-        f"{batch.micro_batch_size} packs a micro-step",
-        "data": data,
+        "batch": [
+            f"{batch.samples} samples a step in packs of {batch.pack_tokens} tokens, {batch.world_size} ranks x "
+            f"{batch.micro_batch_size} packs a micro-step",
+            expected_step(plan),
+        ],
+        "data": data_lines(plan),
         "memory": [
             f"{_bytes(total)} predicted per rank",
             ", ".join(f"{kind} {_bytes(size)}" for kind, size in memory.items() if size),
@@ -115,8 +139,8 @@ def first_screen(
         facts["changed"] = f"{', '.join(start.changes)} since the last attempt"
     if idle_gpus:
         facts["hint"] = (
-            f"{idle_gpus} more GPUs are idle; use them with: torchrun --standalone --nproc_per_node {idle_gpus + 1} "
-            "-m nvlm_train train ..."
+            f"{idle_gpus} more GPUs of this host are not used by this run; use them with: torchrun --standalone "
+            f"--nproc_per_node {idle_gpus + 1} -m nvlm_train train {command_line}"
         )
     lines = []
     for name, fact in facts.items():

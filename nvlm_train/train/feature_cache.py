@@ -144,7 +144,8 @@ class FeatureCache:
             os.replace(temporary, path)
         except OSError as error:
             self._writes = False
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             log.warning(
                 "vision_feature_cache: cannot write to %s (%s); from now on it is only read", path.parent, error
             )
