@@ -12,10 +12,11 @@ Legend of the shape letters used in every comment of this package:
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the loader process lays batches out without torch: it starts in half a second and stays small
+    import torch
+    from torch import Tensor
 
 IGNORE_INDEX = -100  # a label that carries no loss
 

@@ -52,7 +52,7 @@ class ChatTokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        # Lost when a tokenizer is pickled on its way to the loader process; without it a text could hold control tokens.
+        # Lost in pickling (on the way to the loader process); without it a text could hold control tokens.
         self._tokenizer.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:

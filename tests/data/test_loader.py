@@ -16,10 +16,11 @@ import torch
 from corpus import IMAGE_TOKENS, TILE, make_recipe, turns, write_image, write_image_rows, write_rows, write_text_rows
 
 from nvlm_train.batch import IGNORE_INDEX, Batch, SampleRef
-from nvlm_train.data import chat, loader, tiling
+from nvlm_train.data import chat, tiling
 from nvlm_train.data import plan as plan_module
+from nvlm_train.data.assembly import Builder, null_batch
 from nvlm_train.data.images import open_image
-from nvlm_train.data.loader import StepData, StepLoader, null_batch, validation_batches
+from nvlm_train.data.loader import StepData, StepLoader, validation_batches
 from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.data.sources import JsonlSource
 from nvlm_train.errors import DataError
@@ -465,13 +466,14 @@ def test_close_in_the_middle_is_quick(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_whole_steps_are_prepared_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
-    build = loader.build_batch
+    submit = Builder.submit
 
     def counted(*given: Any) -> Any:
-        built.append(1)
-        return build(*given)
+        future = submit(*given)
+        future.add_done_callback(lambda _: built.append(1))
+        return future
 
-    monkeypatch.setattr(loader, "build_batch", counted)
+    monkeypatch.setattr(Builder, "submit", counted)
     plan = open_data(recipe_of(folder, data__prefetch_steps=3), rank=0, world_size=1)
     with StepLoader(plan, start_step=0, end_step=100) as steps:
         next(steps)
