@@ -616,7 +616,9 @@ class Recipe(Section):
         problems = []
         lengths = [name for name in RUN_LENGTHS if getattr(self, name) is not None]
         if not lengths:
-            problems.append(("max_steps", "is not given, but a run needs a length; give one of " + ", ".join(RUN_LENGTHS)))
+            problems.append(
+                ("max_steps", "is not given, but a run needs a length; give one of " + ", ".join(RUN_LENGTHS))
+            )
         for name in lengths[1:]:
             problems.append(
                 (

@@ -68,7 +68,11 @@ BAD_LINES = [
             "(`samples: null` takes back what a parent recipe says)"
         ],
     ),
-    (20, "global_batch: {packs: x}", ["r.yaml:20 global_batch.packs: 'x' is not a whole number; give a whole number > 0 or null"]),
+    (
+        20,
+        "global_batch: {packs: x}",
+        ["r.yaml:20 global_batch.packs: 'x' is not a whole number; give a whole number > 0 or null"],
+    ),
     (
         19,
         "  pack_tokens: 512\n  pack_tiles: 6",
@@ -110,7 +114,7 @@ BAD_LINES = [
         "    digits: 3",
         [
             "r.yaml:16 data.mixture.digits: 3 is not a section; give one with kind, path, image_root, weight, "
-            "license, source"
+            "max_epochs, license, source"
         ],
     ),
     (
