@@ -422,8 +422,8 @@ class GlobalBatch(Section):
                 [
                     (
                         "packs" if both else "",
-                        f"stands beside samples {self.samples}, but a step has one unit; remove one of the two (`samples: "
-                        "null` takes back what a parent recipe says)"
+                        f"stands beside samples {self.samples}, but a step has one unit; remove one of the two "
+                        "(`samples: null` takes back what a parent recipe says)"
                         if both
                         else "has no unit; give samples: N (exact learning-rate arithmetic) or packs: N (throughput)",
                     )
@@ -623,8 +623,8 @@ class Recipe(Section):
             problems.append(
                 (
                     name,
-                    f"stands beside {lengths[0]}, but a run has one length; remove one of the two (`{lengths[0]}: null` "
-                    "takes back what a parent recipe says)",
+                    f"stands beside {lengths[0]}, but a run has one length; remove one of the two "
+                    f"(`{lengths[0]}: null` takes back what a parent recipe says)",
                 )
             )
         longest = self.model.language_model.max_position_embeddings
