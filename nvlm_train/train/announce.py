@@ -55,7 +55,7 @@ def provenance(launch: Launch) -> dict[str, Any]:
 
 
 def data_lines(plan: DataPlan) -> list[str]:
-    """What a step holds, by the first ones; then a line a source: samples, share, and how often the run goes through."""
+    """What a step holds, by the first ones; then a line a source: samples, share, epochs in the run."""
     lines = []
     drawn = plan.mixture.drawn(plan.num_samples)
     for name, share, draws in zip(plan.mixture.names, plan.mixture.shares, drawn, strict=True):
