@@ -323,7 +323,7 @@ class Data(Section):
     )
     overlong: Literal["drop", "fewer_tiles", "error"] = key(
         "fewer_tiles",
-        doc="A sample longer than max_tokens_per_sample: drop it; cut its images into fewer tiles (6, 4, 2, 1) and "
+        doc="A sample longer than max_tokens_per_sample: drop it; cut its images into fewer tiles (8, 6, 4, 2, 1) and "
         "drop it only when that is not enough; or stop. Never cut through an image.",
         resume="ask",
     )
@@ -518,6 +518,24 @@ class Checkpoint(Section):
     )
 
 
+class Distributed(Section):
+    """How long ranks wait for each other."""
+
+    timeout_s: int = key(
+        600,
+        doc="Seconds a collective may wait before the run ends with an error; loading and saving included.",
+        gt=0,
+        resume="free",
+    )
+    hang_s: int = key(
+        1800,
+        doc="Seconds without the end of a step, a validation or a save after which a rank writes the stacks of all its "
+        "threads and ends the run with exit 1.",
+        gt=0,
+        resume="free",
+    )
+
+
 class EarlyStop(Section):
     """Stop when validation no longer improves."""
 
@@ -610,6 +628,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = key(Checkpoint(), doc="Saving.", resume="free")
     validation: Validation | None = key(None, doc="Held-out loss; absent: none.", resume="free")
     log: Log = key(Log(), doc="Console, wandb, tensorboard.", resume="free")
+    distributed: Distributed = key(Distributed(), doc="Time limits of a run on several ranks.", resume="free")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
