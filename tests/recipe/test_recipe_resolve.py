@@ -251,7 +251,9 @@ def test_factors_rise_then_fall_and_stay(warmup, more, low):
 
 
 def test_a_share_of_warmup_becomes_steps(load):
-    assert warmup_steps(load("schedule.warmup_steps=0.03", "max_steps=40000")) == 1200
+    assert warmup_steps(load("schedule.warmup_steps=0.03"), 40000) == 1200
+    assert warmup_steps(load("schedule.warmup_steps=0.03"), None) is None
+    assert warmup_steps(load("schedule.warmup_steps=7"), None) == 7
     assert resolve(load("schedule.warmup_steps=7"), 1).warmup_steps == 7
     assert resolve(load("schedule.decay_steps=60"), 1).decay_steps == 60
     assert resolve(load(), 1).decay_steps == 100
