@@ -197,9 +197,7 @@ def _data_preview_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--row", type=_whole, metavar="N", help="with --source: usable sample number N, from 0 (default: 0)"
     )
-    parser.add_argument(
-        "--samples", type=_whole, default=3, metavar="N", help="samples shown in full (default: 3)"
-    )
+    parser.add_argument("--samples", type=_whole, metavar="N", help="samples shown in full (default: 3; with --row: 1)")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page instead of text")
 
 

@@ -36,7 +36,7 @@ from nvlm_train.data.index import (
 )
 from nvlm_train.data.plan import open_data
 from nvlm_train.data.sources import JsonlSource
-from nvlm_train.data.tokenizer import ChatTokenizer, load_tokenizer
+from nvlm_train.data.tokenizer import load_tokenizer
 from nvlm_train.errors import DataError
 from nvlm_train.log import get_logger
 from nvlm_train.recipe import schema
@@ -170,7 +170,8 @@ def index_command(args: Namespace) -> int:
     settings = IndexSettings.of(recipe, load_tokenizer(recipe.tokenizer.path))
     index_dir = index_dir_of(recipe)
     opened = _open_all(recipe, settings, index_dir, workers=args.workers, rebuild=args.rebuild)
-    rows, refused = [], []
+    rows: list[dict[str, Any]] = []
+    refused: list[str] = []
     for name, one in opened.items():
         if isinstance(one, DataError):
             refused.append(str(one))
@@ -237,9 +238,7 @@ def lint_command(args: Namespace) -> int:
     return 2 if found else 0
 
 
-def lint(
-    recipe: schema.Recipe, *, images: bool = False, workers: int = 1, examples: int = 3
-) -> list[SourceReport]:
+def lint(recipe: schema.Recipe, *, images: bool = False, workers: int = 1, examples: int = 3) -> list[SourceReport]:
     """Looks through all sources. Raises DataError only for what they share (the tokenizer)."""
     tokenizer = load_tokenizer(recipe.tokenizer.path)
     settings = IndexSettings.of(recipe, tokenizer)
@@ -301,9 +300,7 @@ def _from_index(
             report.problems.append(Group(reason, count, shown))
     lowered = int(index.rows["lowered"].sum())
     if lowered:
-        report.notes.append(
-            f"{lowered:,} cut into fewer tiles to fit data.max_tokens_per_sample {settings.max_tokens}"
-        )
+        report.notes.append(f"{lowered:,} cut into fewer tiles to fit data.max_tokens_per_sample {settings.max_tokens}")
     untrained = int((index.rows["trained"] == 0).sum())
     if untrained:
         report.notes.append(f"{untrained:,} have no trained token")
@@ -366,9 +363,7 @@ def _doubles(reports: Sequence[SourceReport], indexes: dict[str, SourceIndex], r
                 report.notes.append(f"{shared:,} are trained on as well, in source {other!r}: validation is not apart")
 
 
-def in_threads(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int
-) -> Iterator[Result]:
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """`map` with threads, in order, with a bounded number of items on their way."""
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="nvlm-lint") as threads:

@@ -280,7 +280,7 @@ def histograms(plan: DataPlan) -> list[charts.Histogram]:
         values = {name: _column(plan, name, column) for name in plan.mixture.names}
         least, most = min(int(v.min()) for v in values.values()), max(int(v.max()) for v in values.values())
         width = max(1, -(-(most - least + 1) // 48))
-        edges = np.arange(least, most + width + 1, width)
+        edges = np.arange(least, most + width + 1, width).tolist()
         layers = {
             name: (float(share) * np.histogram(values[name], bins=edges)[0] / len(values[name])).tolist()
             for name, share in zip(plan.mixture.names, plan.mixture.shares, strict=True)
@@ -291,7 +291,9 @@ def histograms(plan: DataPlan) -> list[charts.Histogram]:
 
 def _write_plot(plan: DataPlan, found: Mapping[str, Any], path: Path) -> None:
     colours = source_colours(plan.mixture.names)
-    scene = charts.draw_histograms(histograms(plan), colours, f"{plan.recipe.run_name}: what a sample of a step is like")
+    scene = charts.draw_histograms(
+        histograms(plan), colours, f"{plan.recipe.run_name}: what a sample of a step is like"
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".png":
@@ -301,7 +303,9 @@ def _write_plot(plan: DataPlan, found: Mapping[str, Any], path: Path) -> None:
         else:
             path.write_text(_page(plan, found, charts.svg(scene)), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"--plot {path}: cannot be written ({error.strerror}); name a file in a folder of yours") from error
+        raise DataError(
+            f"--plot {path}: cannot be written ({error.strerror}); name a file in a folder of yours"
+        ) from error
 
 
 def source_colours(names: Sequence[str]) -> dict[str, str]:
