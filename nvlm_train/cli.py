@@ -157,9 +157,15 @@ def _recipe_on_ranks(parser: argparse.ArgumentParser) -> None:
     _json_flag(parser)
 
 
+def _index_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes that build an index (default: data.index_workers)"
+    )
+
+
 def _data_index_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
-    parser.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (default: 1)")
+    _index_workers(parser)
     parser.add_argument(
         "--rebuild", action="store_true", help="build anew what exists: after missing images were put in their places"
     )
@@ -172,8 +178,9 @@ def _data_lint_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", action="store_true", help="decode every image as well, as training would; takes its time"
     )
     parser.add_argument(
-        "--workers", type=_positive, default=2, metavar="N", help="processes to index, threads to decode (default: 2)"
+        "--threads", type=_positive, default=2, metavar="N", help="threads that decode images (default: 2)"
     )
+    _index_workers(parser)
     parser.add_argument(
         "--examples", type=_positive, default=3, metavar="N", help="examples of each kind of problem (default: 3)"
     )

@@ -64,6 +64,7 @@ class StepData:
 class _Bad:
     ref: SampleRef
     line: int
+    where: str
     reason: str
     message: str
 
@@ -95,8 +96,9 @@ def build_batch(
             try:
                 row.append(plan.load(ref))
             except BadSample as error:
-                line = int(plan.indexes[ref.source].rows[ref.row]["line"])
-                bad.append(_Bad(ref, line, error.reason, str(error)))
+                index = plan.indexes[ref.source]
+                line = int(index.rows[ref.row]["line"])
+                bad.append(_Bad(ref, line, index.where(ref.row), error.reason, str(error)))
         rows.append(row)
     batch = collate(plan, rows, num_tile_chunks)
     trained: Counter[str] = Counter()
@@ -278,7 +280,7 @@ class _BadSamples:
         if bad > allowed or only_bad:
             raise DataError(
                 f"source {name!r}: {bad} of {seen} samples seen cannot be used, more than data.max_bad_share {share} "
-                f"allows; the last is {self._plan.indexes[name].path}:{item.line}: {item.message}. "
+                f"allows; the last is {item.where}: {item.message}. "
                 f"All are in {self._file}."
             )
 
@@ -286,12 +288,13 @@ class _BadSamples:
         path = self._plan.indexes[item.ref.source].path
         if self._warned[item.ref.source] < _WARNINGS_PER_SOURCE:
             self._warned[item.ref.source] += 1
-            log.warning("dropped %s:%d: %s (%s)", path, item.line, item.message, item.reason)
+            log.warning("dropped %s: %s (%s)", item.where, item.message, item.reason)
         record = {
             "step": step,
             "source": item.ref.source,
             "file": str(path),
             "line": item.line,
+            "where": item.where,
             "epoch": item.ref.epoch,
             "reason": item.reason,
             "message": item.message,

@@ -20,10 +20,10 @@ from PIL import Image
 from nvlm_train.batch import IGNORE_INDEX, SampleRef
 from nvlm_train.data import chat, tiling
 from nvlm_train.data.images import BadSample, open_image
-from nvlm_train.data.lint import printable, where
+from nvlm_train.data.lint import printable
 from nvlm_train.data.packing import Pack
 from nvlm_train.data.plan import DataPlan, LoadedSample, open_data
-from nvlm_train.data.sources import Sample, parse_line
+from nvlm_train.data.sources import Sample
 from nvlm_train.errors import DataError
 from nvlm_train.recipe.load import load_recipe
 from nvlm_train.recipe.show import world_size_of
@@ -149,16 +149,14 @@ def chosen_of(dealt: Sequence[Sequence[Sequence[Pack]]], count: int) -> list[Sam
 
 def read_sample(plan: DataPlan, ref: SampleRef) -> tuple[Sample, list[Image.Image]]:
     """Messages and pictures of a sample as they are stored. Raises BadSample."""
-    row = plan.indexes[ref.source].rows[ref.row]
-    source = plan.sources[ref.source]
-    sample = parse_line(source.read(int(row["offset"]), int(row["num_bytes"])))
-    return sample, [open_image(source.image_path(image), image) for image in sample.images]
+    sample = plan.sources[ref.source].sample(plan.indexes[ref.source].rows[ref.row])
+    return sample, [open_image(image.read(), image.name, plan.settings.images) for image in sample.images]
 
 
 def view(plan: DataPlan, ref: SampleRef) -> View:
     """Everything that is shown of a sample."""
     index = plan.indexes[ref.source]
-    place = where(index, int(index.rows[ref.row]["line"]))
+    place = index.where(ref.row)
     try:
         loaded = plan.load(ref)
         sample, images = read_sample(plan, ref)
@@ -166,12 +164,12 @@ def view(plan: DataPlan, ref: SampleRef) -> View:
         return View(ref, place, [], [], [], f"{error.reason}: {error}")
     settings = plan.settings
     pictures = []
-    for name, image, tiles in zip(sample.images, images, loaded.tiles, strict=True):
+    for named, image, tiles in zip(sample.images, images, loaded.tiles, strict=True):
         limit = int(index.rows[ref.row]["max_tiles"])
         grid = tiling.choose_grid(image.width, image.height, limit, settings.tile_size)
         if grid[0] * grid[1] not in (len(tiles), len(tiles) - 1):
             grid = (len(tiles), 1)
-        pictures.append(Picture(str(name), image, grid, tiles, chat.tile_tags(len(tiles), settings.tiling)))
+        pictures.append(Picture(named.name, image, grid, tiles, chat.tile_tags(len(tiles), settings.tiling)))
     return View(ref, place, sample.messages, pictures, spans_of(plan, loaded))
 
 
@@ -260,7 +258,8 @@ def view_lines(one: View, colour: bool) -> list[str]:
         text = "".join(
             part["text"] if "text" in part else f"<image {part['image'] + 1}>" for part in message["content"]
         )
-        lines.append(f"  {message['role']:<10} {printable(text)}")
+        untrained = "" if message.get("loss", True) else "  (loss: false)"
+        lines.append(f"  {message['role']:<10} {printable(text)}{untrained}")
     for number, picture in enumerate(one.pictures, start=1):
         columns, rows = picture.grid
         thumbnail = " and a thumbnail" if len(picture.tiles) > columns * rows else ""

@@ -232,7 +232,8 @@ def _card(one: View, colour: str, anchor: str) -> str:
             _text(part["text"]) if "text" in part else f'<span class="pill">image {part["image"] + 1}</span>'
             for part in message["content"]
         )
-        parts.append(f"<dt>{_text(message['role'])}</dt><dd>{content}</dd>")
+        untrained = "" if message.get("loss", True) else ' <span class="soft">(loss: false)</span>'
+        parts.append(f"<dt>{_text(message['role'])}</dt><dd>{content}{untrained}</dd>")
     parts.append("</dl><h3>Token stream</h3>")
     parts.append(f'<div class="stream">{_stream(one.spans)}</div></article>')
     return "\n".join(parts)

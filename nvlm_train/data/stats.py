@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_train.data import charts
-from nvlm_train.data.index import OVERLONG
+from nvlm_train.data.fit import OVERLONG
 from nvlm_train.data.lint import table
 from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.errors import DataError
@@ -78,11 +78,12 @@ def stats(plan: DataPlan, num_steps: int = 32) -> dict[str, Any]:
             "over_long": dropped.get(OVERLONG, 0),
             "dropped": {reason: count for reason, count in dropped.items() if reason != OVERLONG},
             "fewer_tiles": plan.fewer_tiles.get(name, 0),
+            "truncated": plan.truncated.get(name, 0),
         }
     weights = [
         np.full(len(plan.train_rows[name]), shares[name] / len(plan.train_rows[name])) for name in plan.mixture.names
     ]
-    counts = ("samples", "held_out", *COLUMNS, "with_images", "over_long", "fewer_tiles", "samples_drawn")
+    counts = ("samples", "held_out", *COLUMNS, "with_images", "over_long", "fewer_tiles", "truncated", "samples_drawn")
     everything: dict[str, Any] = {key: sum(source[key] for source in sources.values()) for key in counts}
     everything["dropped"] = dict(sum((Counter(source["dropped"]) for source in sources.values()), Counter()))
     everything["per_sample"] = {
@@ -190,13 +191,16 @@ def _range(values: Sequence[int]) -> dict[str, float]:
 
 
 def measure_seek(plan: DataPlan) -> dict[str, float]:
-    """Milliseconds to all packs of a step that nobody has asked for before: the first, and one at position 10^9."""
-    found = {}
-    for label, step in (("position_0", 0), ("position_1e9", FAR // plan.recipe.global_batch.samples)):
-        begin = time.perf_counter()
-        plan.plan_step(step)
-        found[label] = round(1e3 * (time.perf_counter() - begin), 3)
-    return found
+    """Milliseconds to all packs of a step that nobody has asked for before: the first, and one far away, at position
+    10^9 of the order (where steps are packs or sources have a limit of epochs: the last of the run)."""
+    begin = time.perf_counter()
+    first = plan.plan_step(0)
+    found = {"first": round(1e3 * (time.perf_counter() - begin), 3)}
+    limited = plan.recipe.global_batch.packs is not None or plan.mixture.length is not None
+    step = plan.num_steps - 1 if limited else FAR // sum(len(pack.samples) for pack in first)
+    begin = time.perf_counter()
+    plan.plan_step(step)
+    return {**found, "far": round(1e3 * (time.perf_counter() - begin), 3)}
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -205,10 +209,12 @@ def measure_seek(plan: DataPlan) -> dict[str, float]:
 def tables(found: Mapping[str, Any]) -> list[str]:
     """The figures for a reader."""
     sources = found["sources"]
-    cells = [["source", "samples", "tokens", "trained", "tiles", "held out", "over-long", "fewer tiles", "bad"]]
+    cells = [
+        ["source", "samples", "tokens", "trained", "tiles", "held out", "over-long", "fewer tiles", "cut text", "bad"]
+    ]
     for name, one in [*sources.items(), ("all", found["all"])]:
         bad = sum(one["dropped"].values())
-        numbers = [one[key] for key in ("samples", *COLUMNS, "held_out", "over_long", "fewer_tiles")]
+        numbers = [one[key] for key in ("samples", *COLUMNS, "held_out", "over_long", "fewer_tiles", "truncated")]
         cells.append([name, *(f"{number:,}" for number in numbers), f"{bad:,}"])
     lines = ["what the sources hold", "", *_indented(table(cells, left=1)), ""]
 
@@ -254,7 +260,7 @@ def tables(found: Mapping[str, Any]) -> list[str]:
         f"  {'balance':<22}{packing['utilisation']:.1%} predicted: the mean rank's cost over the costliest's "
         f"(tiles alone {packing['tile_utilisation']:.1%})",
         f"  {'planning':<22}{packing['us_per_sample']:.0f} µs a sample; to the packs of a step at "
-        f"position 0 {seek['position_0']:.0f} ms, at 1e9 {seek['position_1e9']:.0f} ms",
+        f"position 0 {seek['first']:.0f} ms, far away {seek['far']:.0f} ms",
     ]
     if found["validation"]:
         held = ", ".join(f"{name} {count:,}" for name, count in found["validation"].items())

@@ -115,7 +115,7 @@ def test_index_builds_the_rest_and_ends_with_2_when_training_would_refuse(
 
 def test_lint_of_good_data(good: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files_below(tmp_path)
-    for flags in ([], ["--images", "--workers", "2"]):
+    for flags in ([], ["--images", "--threads", "2"]):
         code, out, _ = run(capsys, "lint", good, *flags)
         assert code == 0 and "no problem in 2 sources" in out and out.count("\n       ok") == 2
     assert "images of 24 decoded" in out
@@ -163,7 +163,7 @@ def test_lint_groups_hundreds_of_problems(tmp_path: Path, capsys: pytest.Capture
     assert "more than data.max_bad_share 0.01 allows" in texts["refused"]
     assert pictures["problems"] == [] and pictures["refused"] is None
 
-    code, out, _ = run(capsys, "lint", recipe, "--images", "--workers", "2")
+    code, out, _ = run(capsys, "lint", recipe, "--images", "--threads", "2")
     assert code == 2
     assert "315 problems in 2 of 2 sources" in out
     assert re.search(r"^ +15  unreadable image$", out, re.MULTILINE)
@@ -300,7 +300,7 @@ def test_stats_tables_count_what_was_left_out(tmp_path: Path, capsys: pytest.Cap
     code, out, _ = run(capsys, "stats", write_recipe(tmp_path, {"a": {"path": str(path)}}))
     assert code == 0
     line = next(line.split() for line in out.splitlines() if line.startswith("  a "))
-    assert line[1] == "40" and line[-3:] == ["1", "0", "2"]  # over-long, fewer tiles, bad
+    assert line[1] == "40" and line[-4:] == ["1", "0", "0", "2"]  # over-long, fewer tiles, cut text, bad
     assert "null packs" in out and "predicted" in out and "µs a sample" in out
 
 
