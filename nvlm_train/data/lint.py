@@ -289,6 +289,11 @@ def lint(
     return reports
 
 
+def _unreadable(name: str, error: DataError, path: str = "") -> SourceReport:
+    problem = Group("cannot be read", 1, [Example(path or name, str(error))])
+    return SourceReport(name, path, problems=[problem], refused=str(error))
+
+
 def _from_index(
     report: SourceReport, index: SourceIndex, settings: IndexSettings, data: schema.Data, examples: int
 ) -> None:
@@ -329,9 +334,11 @@ def _decode(
     examples: int,
 ) -> None:
     """Loads every sample with an image as training would, and groups what fails."""
-    alone = recipe.model_copy(
-        update={"data": recipe.data.model_copy(update={"mixture": {report.name: given}}), "validation": None}
-    )
+    # A run of one step over this source: nothing but `load` is asked of its plan.
+    data = recipe.data.model_copy(update={"mixture": {report.name: given}, "pack_tiles": None})
+    length = {"max_steps": 1, "max_samples": None, "max_tokens": None, "num_epochs": None}
+    step = schema.GlobalBatch(samples=1)
+    alone = recipe.model_copy(update={"data": data, "validation": None, "global_batch": step, **length})
     plan = open_data(alone, rank=0, world_size=1, judge=False)
 
     def problem_of(row: int) -> tuple[int, BadSample] | None:

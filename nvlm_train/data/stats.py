@@ -54,15 +54,15 @@ def stats(plan: DataPlan, num_steps: int = 32) -> dict[str, Any]:
     """All figures as plain values; `num_steps` steps of the run are packed and dealt out."""
     seek = measure_seek(plan)  # first, while nothing is kept yet
     packing = measure_packing(plan, num_steps)
-    run_steps = steps_of_run(plan)
-    drawn = run_steps * packing["samples_per_step"]["mean"]
-    shares = {name: float(share) for name, share in zip(plan.mixture.names, plan.mixture.shares, strict=True)}
+    run_steps = plan.num_steps
+    drawn = dict(zip(plan.mixture.names, plan.mixture.drawn(plan.num_samples), strict=True))
+    shares = shares_of_run(plan)
     trained = {name: shares[name] * _mean(plan, name, "trained") for name in shares}
     tokens = {name: shares[name] * _mean(plan, name, "tokens") for name in shares}
     sources: dict[str, Any] = {}
     for name in plan.mixture.names:
         rows = plan.indexes[name].rows[plan.train_rows[name]]
-        dropped = plan.indexes[name].dropped
+        dropped = {reason: count for (n, reason), count in plan.dropped_at_index.items() if n == name}
         sources[name] = {
             "path": str(plan.indexes[name].path),
             "samples": len(rows),
@@ -73,8 +73,8 @@ def stats(plan: DataPlan, num_steps: int = 32) -> dict[str, Any]:
             "share_of_samples": shares[name],
             "share_of_tokens": tokens[name] / sum(tokens.values()),
             "share_of_trained_tokens": trained[name] / (sum(trained.values()) or 1.0),
-            "samples_drawn": drawn * shares[name],
-            "epochs": drawn * shares[name] / len(rows),
+            "samples_drawn": drawn[name],
+            "epochs": drawn[name] / len(rows),
             "over_long": dropped.get(OVERLONG, 0),
             "dropped": {reason: count for reason, count in dropped.items() if reason != OVERLONG},
             "fewer_tiles": plan.fewer_tiles.get(name, 0),
@@ -101,9 +101,10 @@ def stats(plan: DataPlan, num_steps: int = 32) -> dict[str, Any]:
     }
 
 
-def steps_of_run(plan: DataPlan) -> int:
-    """Optimizer steps of the run."""
-    return plan.recipe.max_steps
+def shares_of_run(plan: DataPlan) -> dict[str, float]:
+    """Each source's share of all samples that the run draws; where epochs are limited it is not that of the weights."""
+    drawn = plan.mixture.drawn(plan.num_samples)
+    return {name: count / sum(drawn) for name, count in zip(plan.mixture.names, drawn, strict=True)}
 
 
 def _column(plan: DataPlan, name: str, column: str) -> NDArray[np.int64]:
@@ -145,7 +146,7 @@ def measure_packing(plan: DataPlan, num_steps: int) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    run_steps = steps_of_run(plan)
+    run_steps = plan.num_steps
     chosen = sorted({run_steps * k // num_steps for k in range(min(num_steps, run_steps))})
     samples, packs, micro_steps, tokens, tiles = [], [], [], [], []
     padded = 0
@@ -288,8 +289,8 @@ def histograms(plan: DataPlan) -> list[charts.Histogram]:
         width = max(1, -(-(most - least + 1) // 48))
         edges = np.arange(least, most + width + 1, width).tolist()
         layers = {
-            name: (float(share) * np.histogram(values[name], bins=edges)[0] / len(values[name])).tolist()
-            for name, share in zip(plan.mixture.names, plan.mixture.shares, strict=True)
+            name: (share * np.histogram(values[name], bins=edges)[0] / len(values[name])).tolist()
+            for name, share in shares_of_run(plan).items()
         }
         found.append(charts.Histogram(title, column if column != "trained" else "trained tokens", edges, layers))
     return found

@@ -18,6 +18,7 @@ from nvlm_train.recipe.resolve import Resolved
 from nvlm_train.recipe.schema import Recipe
 from nvlm_train.train.state import Start
 
+_STEPS_LOOKED_AT = 4
 PACKAGES = ("torch", "deepspeed", "safetensors", "tokenizers", "pydantic")
 
 
@@ -54,18 +55,24 @@ def provenance(launch: Launch) -> dict[str, Any]:
 
 
 def data_lines(plan: DataPlan) -> list[str]:
-    """One line a source: samples, share of the mixture, and how often the run goes through it."""
-    drawn = plan.recipe.global_batch.samples * plan.recipe.max_steps
+    """What a step holds by its first ones; then one line a source: samples, share of the mixture, and how often the run goes through it."""
     lines = []
-    for name, share in zip(plan.mixture.names, plan.mixture.shares, strict=True):
+    drawn = plan.mixture.drawn(plan.num_samples)
+    for name, share, draws in zip(plan.mixture.names, plan.mixture.shares, drawn, strict=True):
         samples = len(plan.train_rows[name])
-        epochs = drawn * float(share) / samples
+        epochs = draws / samples
         lines.append(f"{name}: {samples:,} samples, {float(share):.1%} of the mixture, {epochs:.2f} epochs")
     lines += [f"{name}: validation, {len(plan.held_out[name]):,} samples" for name in plan.validation_sources()]
     lines += [
         f"{name}: {count} lines dropped, {reason}" for (name, reason), count in sorted(plan.dropped_at_index.items())
     ]
-    return lines
+    first = plan.predict(_STEPS_LOOKED_AT)
+    return [
+        f"a step holds {first.samples_per_step:,.0f} samples, {first.tokens_per_step:,.0f} tokens and "
+        f"{first.tiles_per_step:,.0f} tiles in {first.packs_per_step:.1f} packs ({first.efficiency:.1%} full); "
+        f"null packs {first.null_share:.1%}, predicted use of the ranks {first.utilisation:.1%}",
+        *lines,
+    ]
 
 
 def first_screen(
@@ -101,8 +108,12 @@ def first_screen(
                 for module, count in counts.items()
             ),
         ],
-        "batch": f"{batch.samples} samples a step in packs of {batch.pack_tokens} tokens, {batch.world_size} ranks x "
-        f"{batch.micro_batch_size} packs a micro-step",
+        "batch": (
+            f"{batch.samples} samples a step in packs of {batch.pack_tokens} tokens"
+            if batch.packs is None
+            else f"{batch.packs} packs of {batch.pack_tokens} tokens a step"
+        )
+        + f", {batch.world_size} ranks x {batch.micro_batch_size} packs a micro-step, {resolved.num_steps} steps",
         "data": data,
         "memory": [
             f"{_bytes(total)} predicted per rank",
