@@ -409,7 +409,7 @@ def _lines(reports: Sequence[SourceReport], images: bool) -> list[str]:
     lines: list[str] = []
     for report in reports:
         decoded = f", images of {report.images:,} decoded" if images else ""
-        lines.append(f"{report.name}  {report.path}: {report.samples:,} of {report.lines:,} lines usable{decoded}")
+        lines.append(f"{report.name}  {report.path}: {report.samples:,} of {report.lines:,} records usable{decoded}")
         for group in report.problems:
             lines.append(f"  {group.count:>7,}  {group.reason}")
             lines += [f"           {printable(f'{item.where}: {item.message}')}" for item in group.examples]
@@ -424,7 +424,8 @@ def _lines(reports: Sequence[SourceReport], images: bool) -> list[str]:
         more = "" if images else " that can be seen without decoding images (--images does that)"
         lines.append(f"no problem in {len(reports)} sources{more}")
         return lines
-    lines.append(f"{sum(counts.values()):,} problems in {len(counts)} of {len(reports)} sources")
+    total = sum(counts.values())
+    lines.append(f"{total:,} problem{'s' * (total > 1)} in {len(counts)} of {len(reports)} sources")
     lines += [
         f"training would refuse {printable(report.refused.splitlines()[0])}" for report in reports if report.refused
     ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +190,7 @@ def test_lint_sees_repaired_images_although_the_index_keeps_them_out(
     assert files_below(tmp_path) == before
     assert run(capsys, "index", recipe, "--rebuild")[0] == 0
     code, out, _ = run(capsys, "lint", recipe)
-    assert code == 0 and "--rebuild" not in out and "10 of 10 lines usable" in out
+    assert code == 0 and "--rebuild" not in out and "10 of 10 records usable" in out
 
 
 def test_lint_tells_of_a_source_that_cannot_be_read_and_goes_on(
@@ -453,3 +455,94 @@ def test_a_sample_that_broke_since_is_shown_as_such(
     assert code == 2 and "cannot be used: unreadable image: " in out
     assert run(capsys, "preview", good, "--source", "pictures", "--row", "4", "--html", str(page))[0] == 2
     assert "cannot be used: unreadable image: " in page.read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- sources of other kinds
+
+
+def other_kinds(folder: Path) -> dict[str, Any]:
+    """Eight samples each as LLaVA's JSON array, in a tar, as text; and as parquet where pyarrow is there."""
+    folder.mkdir(parents=True)
+    pictures = [(folder / write_image(folder / f"{k}.png", 9 + 5 * k, 20, seed=k)).read_bytes() for k in range(8)]
+    rows = [
+        {"image": f"{k}.png", "conversations": [{"from": "human", "value": "what"}, {"from": "gpt", "value": f"{k}"}]}
+        for k in range(8)
+    ]
+    (folder / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for k, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
+            turns_of = json.dumps(row["conversations"]).encode()
+            cut = picture[: len(picture) // 2] if k == 5 else picture
+            for name, data in ((f"{k}.png", cut), (f"{k}.json", turns_of)):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    write_rows(folder / "text.jsonl", [{"text": f"once {k}"} for k in range(8)])
+    mixture = {
+        "array": {"kind": "json", "path": str(folder / "a.json")},
+        "tar": {"kind": "webdataset", "path": str(folder / "a.tar")},
+        "text": {"kind": "text", "path": str(folder / "text.jsonl")},
+    }
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        return mixture
+    table = [
+        {"images": [{"bytes": picture, "path": None}], "texts": [{"user": "what", "assistant": str(k)}]}
+        for k, picture in enumerate(pictures)
+    ]
+    pq.write_table(pa.Table.from_pylist(table), folder / "a.parquet")
+    return {**mixture, "table": {"kind": "hf", "path": str(folder / "a.parquet")}}
+
+
+def test_all_verbs_know_all_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixture = other_kinds(tmp_path / "data")
+    recipe = write_recipe(tmp_path, mixture)
+    code, out, _ = run(capsys, "index", recipe, "--json")
+    assert code == 0 and [s["samples"] for s in json.loads(out)["sources"]] == [8] * len(mixture)
+    assert run(capsys, "lint", recipe)[0] == 0
+    code, out, _ = run(capsys, "lint", recipe, "--images")
+    assert code == 2 and "1 problem in 1 of" in out and "a.tar" in out and "unreadable image" in out
+    code, out, _ = run(capsys, "stats", recipe, "--json")
+    assert code == 0 and {n: s["with_images"] for n, s in json.loads(out)["sources"].items()} == {
+        name: 0 if name == "text" else 8 for name in mixture
+    }
+    for name in mixture:
+        page = tmp_path / "page.html"
+        code, out, _ = run(capsys, "preview", recipe, "--source", name, "--row", "2", "--json", "--html", str(page))
+        (one,) = json.loads(out)["samples"]
+        assert code == 0 and one["trained"] > 0 and len(one["images"]) == (name != "text")
+        assert page.read_text(encoding="utf-8").count('alt="tile"') >= (name != "text")
+
+
+def test_a_blend_that_cannot_be_read_is_a_problem_among_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta = tmp_path / "meta.json"
+    text = write_text_rows(tmp_path / "text.jsonl", 9)
+    meta.write_text(json.dumps({"inner": {"root": str(tmp_path), "annotation": str(text), "repeat_time": 1}}))
+    mixture = {
+        "blend": {"kind": "internvl", "path": str(tmp_path / "nowhere.json")},
+        "meta": {"kind": "internvl", "path": str(meta)},
+    }
+    recipe = write_recipe(tmp_path, mixture)
+    code, out, _ = run(capsys, "lint", recipe, "--json")
+    found = {source["name"]: source for source in json.loads(out)["sources"]}
+    assert code == 2 and found["blend"]["problems"][0]["reason"] == "cannot be read"
+    assert found["meta-inner"]["samples"] == 9 and found["meta-inner"]["problems"] == []
+    code, out, err = run(capsys, "index", recipe)
+    assert code == 2 and re.search(r"^blend +failed", out, re.MULTILINE) and "nowhere.json" in err
+
+
+def test_stats_in_steps_of_packs_and_with_limited_epochs(
+    good: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "stats", good, "global_batch={packs: 3}", "--json")
+    assert code == 0 and json.loads(out)["packing"]["packs_per_step"] == {"min": 3, "mean": 3, "max": 3}
+    limited = ["data.mixture.pictures.max_epochs=1", "data.mixture.text.max_epochs=1", "max_steps=5"]
+    code, out, _ = run(capsys, "stats", good, *limited, "--json")
+    found = json.loads(out)["sources"]
+    assert code == 0 and max(one["epochs"] for one in found.values()) <= 1
+    plan = opened(tmp_path, good)
+    assert found["pictures"]["samples_drawn"] + found["text"]["samples_drawn"] == 80 <= sum(plan.mixture.sizes)
