@@ -538,7 +538,7 @@ def test_a_blend_that_cannot_be_read_is_a_problem_among_others(
 def test_stats_in_steps_of_packs_and_with_limited_epochs(
     good: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = run(capsys, "stats", good, "global_batch={packs: 3}", "--json")
+    code, out, _ = run(capsys, "stats", good, "global_batch.samples=null", "global_batch.packs=3", "--json")
     assert code == 0 and json.loads(out)["packing"]["packs_per_step"] == {"min": 3, "mean": 3, "max": 3}
     limited = ["data.mixture.pictures.max_epochs=1", "data.mixture.text.max_epochs=1", "max_steps=5"]
     code, out, _ = run(capsys, "stats", good, *limited, "--json")
