@@ -58,7 +58,7 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
                         content.append({"type": "text", "text": part["text"]})
                     else:
                         content.append({"type": "image"})
-                        order.append(source.image_path(sample.images[part["image"]]))
+                        order.append(source.image_path(sample.images[part["image"]].name))
                 messages.append({"role": message["role"], "content": content})
             missing = [image for image in order if not os.path.isfile(image)]
             if missing:

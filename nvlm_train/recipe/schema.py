@@ -338,7 +338,7 @@ class Source(Section):
     image_root: str | None = key(
         None, doc="Folder that image paths are relative to; default: the file's own folder.", path=True, resume="free"
     )
-    columns: Columns = key(Columns(), doc="What the source calls its fields.", resume="ask")
+    columns: Columns | None = key(None, doc="What the source calls its fields; absent: as we do.", resume="ask")
     roles: dict[str, Literal["user", "assistant", "system"]] = key(
         {}, doc="Roles beside user, human, assistant, gpt, system: {observation: user}.", resume="ask"
     )
@@ -354,7 +354,7 @@ class Source(Section):
         "text but no question (default: caption). vqa: asks for a short answer. multiple_choice: needs `choices`.",
         resume="ask",
     )
-    min_ratings: Ratings = key(Ratings(), doc="FineVision: least ratings.", resume="ask")
+    min_ratings: Ratings | None = key(None, doc="FineVision: least ratings; absent: all pairs.", resume="ask")
     split: str = key("train", doc="Split of a saved DatasetDict, of an Energon folder or blend.", resume="ask")
     max_samples: int | None = key(
         None, doc="Only the first so many usable samples, for a quick trial; default: all.", gt=0, resume="ask"

@@ -26,7 +26,7 @@ from corpus import (
 from nvlm_train.batch import IGNORE_INDEX
 from nvlm_train.data import chat, index, tiling
 from nvlm_train.data.index import IndexSettings, SourceIndex, open_index
-from nvlm_train.data.sources import JsonlSource, parse_line
+from nvlm_train.data.sources import JsonlSource, source
 from nvlm_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm_train.errors import DataError
 from nvlm_train.recipe.schema import Source, Tiling
@@ -43,8 +43,8 @@ def settings_with(tokenizer: ChatTokenizer, **changes: Any) -> IndexSettings:
 
 
 def build(path: Path, settings: IndexSettings, max_bad_share: float = 0.5) -> SourceIndex:
-    source = JsonlSource("s", Source(path=str(path)))
-    return open_index(source, settings, path.parent / "index", max_bad_share=max_bad_share, rank=0)
+    opened = JsonlSource("s", Source(path=str(path)))
+    return open_index(opened, settings, path.parent / "index", max_bad_share=max_bad_share, rank=0)
 
 
 @pytest.mark.parametrize("template", ["nvlm_qwen2", "hf_nvlm"])
@@ -54,11 +54,11 @@ def test_rows_equal_rendered_samples(tmp_path: Path, tokenizer: ChatTokenizer, t
     with path.open("ab") as file:
         file.write(write_text_rows(tmp_path / "b.jsonl", 20).read_bytes())
     built = build(path, settings)
-    source = JsonlSource("s", Source(path=str(path)))
+    opened = JsonlSource("s", Source(path=str(path)))
     assert len(built.rows) == built.num_lines == 40
     for row in built.rows:
-        sample = parse_line(source.read(int(row["offset"]), int(row["num_bytes"])))
-        sizes = [index.image_size(source.image_path(image)) for image in sample.images]
+        sample = opened.sample(row)
+        sizes = [index.image_size(image.read()) for image in sample.images]
         tiles = [tiling.num_tiles(w, h, int(row["max_tiles"]), TILE, True) for w, h in sizes]
         rendered = chat.render(sample.messages, tiles, tokenizer, template, Tiling(), IMAGE_TOKENS, None)
         assert len(rendered.input_ids) == row["tokens"]
@@ -213,8 +213,8 @@ def test_reused_only_while_nothing_changed(
     assert len(builds) == 12
     assert built() == 12
     # a file larger than is read whole is known by its time and its ends
-    monkeypatch.setattr(index, "_WHOLE_FILE_BYTES", 10)
-    monkeypatch.setattr(index, "_END_BYTES", 5)
+    monkeypatch.setattr(source, "_WHOLE_BYTES", 10)
+    monkeypatch.setattr(source, "_END_BYTES", 5)
     assert [built(), built()] == [13, 13]
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert built() == 14
@@ -244,8 +244,8 @@ def test_other_ranks_wait_for_rank_zero(tmp_path: Path, tokenizer: ChatTokenizer
     results: list[Any] = []
 
     def other() -> None:
-        source = JsonlSource("s", Source(path=str(path)))
-        results.append(open_index(source, settings_with(tokenizer), tmp_path / "index", max_bad_share=0.5, rank=1))
+        opened = JsonlSource("s", Source(path=str(path)))
+        results.append(open_index(opened, settings_with(tokenizer), tmp_path / "index", max_bad_share=0.5, rank=1))
 
     thread = threading.Thread(target=other)
     thread.start()
@@ -259,8 +259,8 @@ def test_other_ranks_wait_for_rank_zero(tmp_path: Path, tokenizer: ChatTokenizer
 
 def test_waiting_ends_only_without_a_sign_of_life(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     path = write_text_rows(tmp_path / "a.jsonl", 10)
-    source, settings = JsonlSource("s", Source(path=str(path))), settings_with(tokenizer)
-    folder = tmp_path / "index" / f"s-{index.index_key(source, settings)}"
+    opened, settings = JsonlSource("s", Source(path=str(path))), settings_with(tokenizer)
+    folder = tmp_path / "index" / f"s-{index.index_key(opened, settings)}"
     folder.parent.mkdir()
     heartbeat = index._heartbeat_file(folder)
     beats = 8
@@ -274,7 +274,7 @@ def test_waiting_ends_only_without_a_sign_of_life(tmp_path: Path, tokenizer: Cha
     begin = time.monotonic()
     thread.start()
     with pytest.raises(DataError, match=r"waited 0 s for rank 0 to build .*s-[0-9a-f]{16} without a sign of life"):
-        open_index(source, settings, tmp_path / "index", max_bad_share=0.5, rank=1, timeout_s=0.4)
+        open_index(opened, settings, tmp_path / "index", max_bad_share=0.5, rank=1, timeout_s=0.4)
     assert time.monotonic() - begin > beats * 0.1
     thread.join()
 
@@ -287,9 +287,9 @@ def test_damaged_or_unwritable_index(tmp_path: Path, tokenizer: ChatTokenizer) -
     with pytest.raises(DataError, match=r"the index is damaged .*delete this folder"):
         build(path, settings_with(tokenizer))
     (tmp_path / "file").write_text("")
-    source = JsonlSource("s", Source(path=str(path)))
+    opened = JsonlSource("s", Source(path=str(path)))
     with pytest.raises(DataError, match="cannot keep the index of source 's' there"):
-        open_index(source, settings_with(tokenizer), tmp_path / "file", max_bad_share=0.5, rank=0)
+        open_index(opened, settings_with(tokenizer), tmp_path / "file", max_bad_share=0.5, rank=0)
 
 
 def test_speed(tmp_path: Path, tokenizer: ChatTokenizer) -> None:

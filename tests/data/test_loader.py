@@ -21,7 +21,7 @@ from nvlm_train.data import plan as plan_module
 from nvlm_train.data.images import open_image
 from nvlm_train.data.loader import StepData, StepLoader, null_batch, validation_batches
 from nvlm_train.data.plan import DataPlan, open_data
-from nvlm_train.data.sources import JsonlSource, parse_line
+from nvlm_train.data.sources import JsonlSource
 from nvlm_train.errors import DataError
 from nvlm_train.recipe.schema import Recipe
 
@@ -148,9 +148,9 @@ def test_packed_streams_equal_rendered_samples(folder: Path, micro_batch_size: i
         for ref, (ids, labels, tiles) in contents.items():
             row = plan.indexes[ref.source].rows[ref.row]
             source = sources[ref.source]
-            sample = parse_line(source.read(int(row["offset"]), int(row["num_bytes"])))
+            sample = source.sample(row)
             limit = int(row["max_tiles"])  # lower than 6 where the sample would be over-long
-            cut = [tiling.cut(open_image(source.image_path(i)), limit, TILE, True) for i in sample.images]
+            cut = [tiling.cut(open_image(i.read()), limit, TILE, True) for i in sample.images]
             alone = chat.render(
                 sample.messages, [len(c) for c in cut], plan.tokenizer, template, recipe.data.tiling, IMAGE_TOKENS, None
             )

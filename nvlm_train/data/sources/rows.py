@@ -39,7 +39,6 @@ MARKER = "<image>"
 BELOW_RATING = "below rating"
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _NUMBERED_MARKER = re.compile(r"<image(?:-(\d{1,6}))?>")
-_RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,16 @@ class Form:
     @classmethod
     def of(cls, settings: schema.Source, *, megatron: bool = False) -> Form:
         """What a source's settings say about its rows."""
-        ratings = {name: getattr(settings.min_ratings, name) for name in _RATINGS}
+        ratings = settings.min_ratings.model_dump() if settings.min_ratings else {}
+        columns = settings.columns or schema.Columns()
         return cls(
-            columns=settings.columns,
+            columns=columns,
             roles={**_ROLES, **settings.roles},
             system=settings.system,
             last_turn=settings.train_on == "last_turn",
             prompt=settings.prompt,
             ratings={name: least for name, least in ratings.items() if least is not None},
-            text=settings.kind in ("text", "hf", "webdataset", "energon") or settings.columns.text is not None,
+            text=settings.kind in ("text", "hf", "webdataset", "energon") or columns.text is not None,
             only_text=settings.kind == "text",
             megatron=megatron,
         )

@@ -167,7 +167,7 @@ class WebDatasetSource(Source):
         self._meta = read_meta(name, settings) if not is_url(settings.path) else None
         super().__init__(name, settings)
         if self._meta is not None:
-            columns = {k: v for k, v in settings.columns.model_dump().items() if v is not None}
+            columns = settings.columns.model_dump(exclude_none=True) if settings.columns else {}
             mapped = schema.Columns(**{**self._meta.columns, **columns})
             prompt = settings.prompt or self._meta.prompt
             given = settings.model_copy(update={"columns": mapped, "prompt": prompt})
