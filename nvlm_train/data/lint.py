@@ -217,7 +217,7 @@ def index_command(args: Namespace) -> int:
     print(table(cells))
     print(f"\nin {index_dir}")
     if refused:
-        raise DataError("\n".join(refused))
+        raise DataError("\n".join(printable(line) for problem in refused for line in problem.splitlines()))
     return 0
 
 
