@@ -14,6 +14,7 @@ previous checkpoint untouched. Imports torch, never deepspeed, so that export an
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -110,8 +111,14 @@ def committed_steps(run: Path) -> list[int]:
 
 
 def find_step(path: str | Path) -> Path:
-    """The checkpoint folder that RUN or RUN/step_N names; of a run the newest. Raises CheckpointError otherwise."""
+    """The checkpoint folder that RUN, RUN/step_N or RUN/best names; of a run the newest. Raises CheckpointError."""
     path = Path(path)
+    if path.name == "best" and not path.is_dir():
+        newest = find_step(path.parent)
+        best = read_json(newest / "state.json").get("progress", {}).get("best_step")
+        if best is None:
+            raise CheckpointError(f"{path.parent} has no best checkpoint: no validation has run; name {newest}")
+        path = path.parent / f"step_{best}"
     if path.name.startswith("step_"):
         if (path / COMMITTED).is_file():
             return path
@@ -168,6 +175,7 @@ def save(
     """
     final, temporary = run / f"step_{step}", run / f".saving_step_{step}"
     what = f"saving {final}"
+    mesh = _mesh(world_size, control)  # talks to the other ranks, so nothing that can fail on one comes before
     try:
         with _together(gather, rank, what):
             if rank == 0:
@@ -175,13 +183,14 @@ def save(
                     if leftover.exists() and not (leftover / COMMITTED).exists():
                         shutil.rmtree(leftover)
                 (temporary / "weights").mkdir(parents=True)
+                _require_space(run, sum(torch.Size(shape).numel() for shape in shapes.values()) * 4 * len(STATE_KEYS))
         with _together(gather, rank, what):
-            mesh = _mesh(world_size, control)
             tensors = {
-                f"{key}/{name}": _sharded(mesh, part, torch.Size(shapes[name]).numel(), world_size)
+                f"{key}/{name}": _sharded(mesh, part, torch.Size(shapes[name]).numel())
                 for name, parts in slices.items()
                 for key, part in parts.items()
             }
+        with _together(gather, rank, what):
             writer = FileSystemWriter(temporary / "weights", sync_files=True)
             with _quiet_dcp():
                 dcp.save(tensors, storage_writer=writer, process_group=control, no_dist=world_size == 1)
@@ -210,6 +219,17 @@ def save(
     return final
 
 
+def _require_space(folder: Path, needed: int) -> None:
+    """Raises OSError before a byte is written when the file system has no room for what is to come."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the checkpoint needs {needed / 2**30:.2f} GiB, {folder} has {free / 2**30:.2f} GiB free; make room or "
+            "lower checkpoint.keep_last",
+        )
+
+
 @contextmanager
 def _quiet_dcp() -> Iterator[None]:
     """DCP warns when it runs without a process group, which is meant here."""
@@ -222,10 +242,17 @@ def _mesh(world_size: int, control: dist.ProcessGroup | None) -> DeviceMesh | No
     return None if world_size == 1 or control is None else DeviceMesh.from_group(control, "cpu")
 
 
-def _sharded(mesh: DeviceMesh | None, part: Tensor, numel: int, world_size: int) -> Tensor:
-    if mesh is None or world_size == 1:
+def _sharded(mesh: DeviceMesh | None, part: Tensor, numel: int) -> Tensor:
+    if mesh is None:
         return part
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=torch.Size([numel]), stride=(1,))
+
+
+def clear_leftovers(run: Path) -> None:
+    """Removes what a crash left of a save or of a removal; complete checkpoints are never touched."""
+    for folder in [*run.glob(".saving_step_*"), *run.glob("step_*")]:
+        if folder.is_dir() and not (folder / COMMITTED).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune(run: Path, keep_last: int, keep: Iterable[int] = ()) -> list[int]:
@@ -338,9 +365,12 @@ class Checkpoint:
         self._reader = _Reader(self.path / "weights")
         self._reader.read_metadata()
 
-    def verify_checksums(self) -> None:
-        """Compares every file with the manifest's SHA-256; raises CheckpointError naming those that differ."""
-        files = self.state["files"]
+    def verify_checksums(self, part: int = 0, parts: int = 1) -> None:
+        """Compares the files with the manifest's SHA-256, of several ranks each its part of them.
+
+        Raises CheckpointError naming those that differ.
+        """
+        files = {name: self.state["files"][name] for name in list(self.state["files"])[part::parts]}
         with ThreadPoolExecutor(4) as pool:
             sums = pool.map(lambda name: sha256(self.path / "weights" / name), files)
             wrong = [name for name, found in zip(files, sums, strict=True) if found != files[name]["sha256"]]
@@ -372,36 +402,55 @@ class Checkpoint:
 # --------------------------------------------------------------------------------------------- all weights of a run
 
 
-def write_base(run: Path, frozen: Mapping[str, str]) -> None:
+def write_base(
+    run: Path,
+    frozen: Mapping[str, str],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+) -> None:
     """Writes RUN/base.json: where each frozen weight comes from. On a later start: checks that it is still the same.
 
     frozen: {our name: "FILE:KEY"} for a tensor of a safetensors file, {our name: "RUN/step_N:NAME"} for a weight that
-    an earlier run of ours trained. Files may have moved; raises CheckpointError where their content differs.
+    an earlier run of ours trained. Every rank calls it and hashes its share of the files. Files may have moved; raises
+    CheckpointError, on every rank, where their content differs.
     """
     path = run / "base.json"
-    before = read_json(path) if path.exists() else {"files": {}, "tensors": {}}
     split = {name: where.rsplit(":", 1) for name, where in frozen.items()}
-    places = {name: (str(Path(place).resolve()), key) for name, (place, key) in split.items()}
+    # absolute, but links stay: in a hub's cache the link is called model.safetensors, the file a bare hash
+    places = {name: (os.path.abspath(place), key) for name, (place, key) in split.items()}
     files = sorted({place for place, _ in places.values()})
-    with ThreadPoolExecutor(4) as pool:
-        identities = pool.map(lambda file: _identity(file, before["files"].get(file)), files)
-        known = dict(zip(files, identities, strict=True))
+    with _together(gather, rank, f"hashing the frozen weights of {run}"):
+        before = read_json(path) if path.exists() else None
+        known = before["files"] if before is not None else {}
+        with ThreadPoolExecutor(4) as pool:
+            own = files[rank::world_size]
+            mine = dict(zip(own, pool.map(lambda file: _identity(file, known.get(file)), own), strict=True))
+    entries = {file: entry for part in gather(mine) for file, entry in part.items()}
     tensors = {name: {"file": place, "key": key} for name, (place, key) in sorted(places.items())}
-    if path.exists():
+    if before is not None:
+        _require_same_base(run, before, entries, tensors)
+    with _together(gather, rank, f"writing {path}"):
+        if rank == 0:
+            write_json(path, {"format": FORMAT, "files": entries, "tensors": tensors})
 
-        def origins(files: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-            return {name: (files[entry["file"]]["sha256"], entry["key"]) for name, entry in tensors.items()}
 
-        old, new = origins(before["files"], before["tensors"]), origins(known, tensors)
-        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-        if changed:
-            now = tensors.get(changed[0], {}).get("file", "nothing")
-            then = before["tensors"].get(changed[0], {}).get("file", "nothing")
-            raise CheckpointError(
-                f"{len(changed)} frozen weights are not those that {run} was started with, the first {changed[0]}: now "
-                f"from {now}, then from {then}; name the same weights in init_from, or start a new run"
-            )
-    write_json(path, {"format": FORMAT, "files": known, "tensors": tensors})
+def _require_same_base(
+    run: Path, before: Mapping[str, Any], files: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> None:
+    def origins(files: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+        return {name: (files[entry["file"]]["sha256"], entry["key"]) for name, entry in tensors.items()}
+
+    old, new = origins(before["files"], before["tensors"]), origins(files, tensors)
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if changed:
+        now = tensors.get(changed[0], {}).get("file", "nothing")
+        then = before["tensors"].get(changed[0], {}).get("file", "nothing")
+        raise CheckpointError(
+            f"{len(changed)} frozen weights are not those that {run} was started with, the first {changed[0]}: now "
+            f"from {now}, then from {then}; name the same weights in init_from, or start a new run"
+        )
 
 
 def _identity(place: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -410,7 +459,8 @@ def _identity(place: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
     found = file.stat()
     if known is not None and (known["bytes"], known["mtime_ns"]) == (found.st_size, found.st_mtime_ns):
         return dict(known)  # 150 GB need not be read again at every start
-    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": sha256(file)}
+    kind = "run" if Path(place).is_dir() else "file"
+    return {"kind": kind, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": sha256(file)}
 
 
 def _identity_file(place: str) -> Path:
@@ -428,10 +478,13 @@ class CheckpointWeights:
         if checksums:
             self.checkpoint.verify_checksums()
         self.step, self.state, self.path = self.checkpoint.step, self.checkpoint.state, self.checkpoint.path
-        self.recipe: dict[str, Any] = read_json(self.checkpoint.run / "recipe.json")["recipe"]
+        content = read_json(self.checkpoint.run / "recipe.json")
+        self.recipe: dict[str, Any] = content["recipe"]
+        self.earlier_run: dict[str, Any] | None = content.get("earlier_run")
         base = read_json(self.checkpoint.run / "base.json")
         self.trained = set(self.checkpoint.shapes)
         self._frozen: dict[str, dict[str, str]] = base["tensors"]
+        self._runs = {place for place, entry in base["files"].items() if entry["kind"] == "run"}
         self._earlier: dict[str, CheckpointWeights] = {}
         self._open: dict[str, Any] = {}
         wrong = []
@@ -468,10 +521,17 @@ class CheckpointWeights:
         earlier, entry = self._frozen_place(name)
         return earlier.read(entry["key"]) if earlier else self._file(entry["file"]).get_tensor(entry["key"])
 
+    def read_slice(self, name: str, begin: int, end: int) -> Tensor:
+        """Elements begin to end of the flattened tensor; of a trained one only they are read."""
+        if name in self.trained:
+            return self.checkpoint.read_many({(name, "master"): (begin, end)})[name, "master"]
+        earlier, entry = self._frozen_place(name)
+        return earlier.read_slice(entry["key"], begin, end) if earlier else self.read(name).flatten()[begin:end]
+
     def where(self, name: str) -> str:
         """Where a weight lives, in the form that `write_base` takes."""
         if name in self.trained:
-            return f"{self.path.resolve()}:{name}"
+            return f"{os.path.abspath(self.path)}:{name}"
         entry = self._frozen[name]
         return f"{entry['file']}:{entry['key']}"
 
@@ -480,7 +540,7 @@ class CheckpointWeights:
             entry = self._frozen[name]
         except KeyError:
             raise CheckpointError(f"{self.path} holds no weight named {name}") from None
-        if entry["file"].endswith(".safetensors"):
+        if entry["file"] not in self._runs:
             return None, entry
         if entry["file"] not in self._earlier:
             self._earlier[entry["file"]] = CheckpointWeights(entry["file"])

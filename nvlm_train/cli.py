@@ -1,6 +1,7 @@
 """The command `nvlm-train`: one table of verbs. Each verb imports what it needs when it runs, then calls one function.
 
-Exit codes: 0 done, 1 a bug (with its traceback), 2 something the user can put right, 130 interrupted. What is asked for
+Exit codes: 0 done, 1 a bug (with its traceback) or a verification that found a difference, 2 something the user can
+put right, 130 interrupted. What is asked for
 goes to stdout, progress and errors to stderr. Nothing heavy is imported here, so that `--help` is quick.
 """
 
@@ -219,14 +220,21 @@ def _keys_arguments(parser: argparse.ArgumentParser) -> None:
     _json_flag(parser)
 
 
+def _resume(text: str) -> str:
+    if text in ("auto", "never") or (text.startswith("step_") and text.removeprefix("step_").isdigit()):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor never nor step_N (step_400, say)")
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
     parser.add_argument(
         "--resume",
-        choices=("auto", "never"),
+        type=_resume,
         default="auto",
-        help="auto: go on from the newest checkpoint of output_dir, if there is one; "
-        "never: refuse an output_dir that holds a run",
+        metavar="auto|never|step_N",
+        help="auto: go on from the newest checkpoint of output_dir, if there is one; never: refuse an output_dir that "
+        "holds a run; step_N: go back to that checkpoint, later ones and their metrics are set aside, not deleted",
     )
     parser.add_argument(
         "--accept",
@@ -243,7 +251,10 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", metavar="OUT", help="folder to write; must not hold another export")
     parser.add_argument("--no-verify", action="store_true", help="do not reload and compare the export")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the weights (default: bf16)")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), help="type of the weights (default: the recipe's precision)"
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder, where the recipe's has moved")
     parser.add_argument("--max-shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
     _json_flag(parser)
 
@@ -360,7 +371,7 @@ VERBS: dict[str, Verb] = {
     "verify": Verb(
         "compare an export with the checkpoint it was made of",
         _verify_arguments,
-        "verify exports/quickstart --against runs/quickstart/step_600",
+        "verify runs/quickstart/export --against runs/quickstart/2_sft",
         _verify,
     ),
     "generate": Verb(
@@ -372,7 +383,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb(
         "share of right answers on held-out data",
         _evaluate_arguments,
-        "evaluate exports/quickstart --data demo/held_out.jsonl --json",
+        "evaluate runs/quickstart/export --data demo/data/heldout_pairs.jsonl --json",
         _evaluate,
     ),
     "env": Verb("versions, devices and launcher variables", _json_flag, "env --json", _env),

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -24,6 +25,7 @@ from typing import Any
 
 TESTS = Path(__file__).parent
 TIMEOUT_S = 240.0
+EXTENSIONS = Path(tempfile.gettempdir()) / f"nvlm_train_tests_{os.getpid()}"  # what DeepSpeed would compile
 _groups: dict[int, _Group] = {}
 
 
@@ -62,7 +64,7 @@ class _Group:
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, world_size, port, theirs), daemon=True)
+            process = context.Process(target=_work, args=(rank, world_size, port, EXTENSIONS, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -108,10 +110,10 @@ def _load(path: Path) -> Any:
     return sys.modules[name]
 
 
-def _work(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def _work(rank: int, world_size: int, port: int, extensions: Path, pipe: Connection) -> None:
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({key: str(value) for key, value in values.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCH_EXTENSIONS_DIR=str(extensions))
     sys.path.insert(0, str(TESTS))
     import torch
 

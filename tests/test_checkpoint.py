@@ -197,9 +197,9 @@ def test_saved_and_restored_goes_on_as_if_never_stopped(tmp_path: Path, stage: i
         for name, value in tensors.items():
             assert torch.equal(found["state_resumed"][key][name], value), (key, name)
     if (stage, precision) == (3, "fp32"):
-        # the same checkpoint on one rank: only the order of sums differs; worst case measured 5e-7
+        # the same checkpoint on one rank: only the order of sums differs; worst case measured 1.4e-7
         other = run_distributed(1, job, folder=str(tmp_path), stage=3, precision=precision, restore_only=True)[0]
-        torch.testing.assert_close(other["resumed"], found["uninterrupted"], rtol=0, atol=5e-6)
+        torch.testing.assert_close(other["resumed"], found["uninterrupted"], rtol=0, atol=2e-6)
 
 
 def test_frozen_weights_may_move_but_not_change(tmp_path: Path) -> None:
@@ -215,3 +215,50 @@ def test_frozen_weights_may_move_but_not_change(tmp_path: Path) -> None:
         checkpoint.write_base(run, {"vision_model.w": f"{second}:w"})
     with pytest.raises(CheckpointError, match="now from nothing, then from"):
         checkpoint.write_base(run, {})
+
+
+def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _save(tmp_path, 3)
+    usage = shutil.disk_usage(tmp_path)
+    needed = 22 * 3 * 4  # 22 elements, three fp32 tensors
+    for free, fits in [(needed - 1, False), (needed, True)]:
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if fits:
+            assert _save(tmp_path, 6).name == "step_6"
+        else:
+            with pytest.raises(CheckpointError, match=r"the checkpoint needs .* GiB free; make room or lower"):
+                _save(tmp_path, 6)
+            assert [p.name for p in tmp_path.iterdir()] == ["step_3"]
+
+
+def test_weights_behind_links_are_found_again(tmp_path: Path) -> None:
+    """A hub's cache holds links called model.safetensors to files that are called after their hash."""
+    blob, snapshot, run = tmp_path / "blobs" / "abc123", tmp_path / "snapshot", tmp_path / "run"
+    blob.parent.mkdir()
+    snapshot.mkdir()
+    run.mkdir()
+    save_file({"w": torch.arange(4.0)}, str(blob))
+    (snapshot / "model.safetensors").symlink_to(blob)
+    checkpoint.write_base(run, {"vision_model.w": f"{snapshot / 'model.safetensors'}:w"})
+    checkpoint.write_json(run / "recipe.json", {"format": 1, "recipe": {}, "attempts": []})
+    _save(run, 3)
+    assert torch.equal(checkpoint.open_checkpoint(run, checksums=True).read("vision_model.w"), torch.arange(4.0))
+
+
+def test_slices_leftovers_and_the_best(tmp_path: Path) -> None:
+    checkpoint.write_base(tmp_path, {})
+    checkpoint.write_json(tmp_path / "recipe.json", {"format": 1, "recipe": {}, "attempts": []})
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        checkpoint.find_step(tmp_path / "best")
+    _save(tmp_path, 3)
+    name = "projector.fc1.weight"
+    assert torch.equal(checkpoint.open_checkpoint(tmp_path).read_slice(name, 4, 9), _slices()[name]["master"][4:9])
+    with pytest.raises(CheckpointError, match="no best checkpoint: no validation has run"):
+        checkpoint.find_step(tmp_path / "best")
+    state = json.loads((tmp_path / "step_3" / "state.json").read_text())
+    (tmp_path / "step_3" / "state.json").write_text(json.dumps({**state, "progress": {"best_step": 3}}))
+    assert checkpoint.find_step(tmp_path / "best") == tmp_path / "step_3"
+    (tmp_path / ".saving_step_9" / "weights").mkdir(parents=True)
+    (tmp_path / "step_2").mkdir()
+    checkpoint.clear_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["step_3"]

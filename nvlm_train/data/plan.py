@@ -81,11 +81,12 @@ def order_digest(
     names: Sequence[str],
     order: Sequence[str],
     limits: Sequence[Any],
+    settings: IndexSettings,
     indexes: Mapping[str, SourceIndex],
     train_rows: Mapping[str, NDArray[np.int64]],
 ) -> str:
     """16 hex digits of everything that an order depends on; not the paths, because data may be moved."""
-    digest = hashlib.sha256(json.dumps([names, order, limits]).encode())
+    digest = hashlib.sha256(json.dumps([names, order, limits, settings.key_parts()], sort_keys=True).encode())
     for name in names:
         rows = indexes[name].rows[train_rows[name]]
         for column in ("hash", "tokens", "tiles", "max_tiles"):
@@ -130,7 +131,7 @@ class DataPlan:
             limits += [batch.packs, self.recipe.data.pack_tiles, self.windows.size, packing.VERSION]
         if any(limit is not None for limit in self.mixture.limits):
             limits.append(self.mixture.limits)
-        return order_digest(self.mixture.names, order, limits, self.indexes, self.train_rows)
+        return order_digest(self.mixture.names, order, limits, self.settings, self.indexes, self.train_rows)
 
     @property
     def num_steps(self) -> int:
@@ -389,7 +390,7 @@ def open_data(recipe: schema.Recipe, *, rank: int, world_size: int, judge: bool 
         held_out=held_out,
         cost=packing.Cost.of(recipe),
         windows=order,
-        steps=_steps(recipe, order, indexes, train_rows, index_dir, rank),
+        steps=_steps(recipe, order, settings, indexes, train_rows, index_dir, rank),
         dropped_at_index=dropped,
         fewer_tiles={n: index.fewer_tiles for n, index in indexes.items() if index.fewer_tiles},
         truncated={n: index.truncated for n, index in indexes.items() if index.truncated},
@@ -433,6 +434,7 @@ def _drop_tiles(
 def _steps(
     recipe: schema.Recipe,
     order: Windows,
+    settings: IndexSettings,
     indexes: Mapping[str, SourceIndex],
     train_rows: Mapping[str, NDArray[np.int64]],
     index_dir: Path,
@@ -452,7 +454,7 @@ def _steps(
         kind = "packs" if batch.packs is not None else "tokens"
         limits = [kind, mixture.seed, order.capacity, order.tile_capacity, order.size, mixture.limits, packing.VERSION]
         shares = [str(share) for share in mixture.shares]
-        table /= f"{order_digest(mixture.names, shares, limits, indexes, train_rows)}.npy"
+        table /= f"{order_digest(mixture.names, shares, limits, settings, indexes, train_rows)}.npy"
     return resolve_steps(order, length, samples=batch.samples, packs=batch.packs, file=table, rank=rank)
 
 

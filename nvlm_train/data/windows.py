@@ -326,8 +326,8 @@ def resolve_steps(
     if available is not None and (steps is None or steps > available):
         if available == 0 or not length.epochs:
             raise DataError(
-                f"{length.text} needs {'more' if steps is None else steps} steps, but max_epochs of the sources end the "
-                f"order after {windows.mixture.length} samples, which make {available} whole steps of {unit} "
+                f"{length.text} needs {'more' if steps is None else steps} steps, but max_epochs of the sources end "
+                f"the order after {windows.mixture.length} samples, which make {available} whole steps of {unit} "
                 f"{'samples' if packs is None else 'packs'}; "
                 + (
                     f"use max_steps={available} or fewer, or raise"

@@ -10,6 +10,8 @@ import logging
 import os
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from nvlm_train.engine.launch import Launch, export_launch
-from nvlm_train.errors import SetupError
+from nvlm_train.errors import NvlmError, SetupError
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class World:
     owned: bool  # this package started the default group, so it ends it
 
 
-def start(launch: Launch, timeout_s: float = 600.0) -> World:
+def start(launch: Launch, timeout_s: float) -> World:
     """Joins the job: sets the device, starts the groups and makes DeepSpeed use them.
 
     A default group that runs already (a notebook's, a test's) is used as it is.
@@ -104,6 +106,32 @@ def gather(world: World, value: Any) -> list[Any]:
     values: list[Any] = [None] * world.world_size
     dist.all_gather_object(values, value, group=world.control)
     return values
+
+
+@contextmanager
+def agreed(world: World, what: str) -> Iterator[None]:
+    """Runs a part that may fail on one rank alone: when it fails on any, it fails on all, with each one's cause.
+
+    Without it the others would go on into a collective and wait there for the time limit. The part itself must not
+    hold collectives. The rank that failed raises its own error, the others an NvlmError (or, for a bug, RuntimeError).
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    raise_together(world, error, what)
+
+
+def raise_together(world: World, error: Exception | None, what: str) -> None:
+    """Raises on every rank when any has an error. See `agreed`."""
+    message = None if error is None else (isinstance(error, NvlmError), f"{type(error).__name__}: {error}")
+    found = {rank: entry for rank, entry in enumerate(gather(world, message)) if entry is not None}
+    if error is not None:
+        raise error
+    if found:
+        text = "\n".join(f"{what} failed on rank {rank}: {entry[1]}" for rank, entry in found.items())
+        raise NvlmError(text) if all(entry[0] for entry in found.values()) else RuntimeError(text)
 
 
 def barrier(world: World) -> None:

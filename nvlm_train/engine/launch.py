@@ -36,8 +36,8 @@ class Launch:
         )
 
 
-def _number(environ: Mapping[str, str], key: str, launcher: str) -> int:
-    value = environ.get(key)
+def _number(environ: Mapping[str, str], key: str, launcher: str, default: str | None = None) -> int:
+    value = environ.get(key, default)
     if value is None:
         raise SetupError(
             f"{launcher} sets RANK, WORLD_SIZE and LOCAL_RANK together, but {key} is not set; start with torchrun, or "
@@ -67,11 +67,11 @@ def resolve_launch(environ: Mapping[str, str] | None = None) -> Launch:
             rank=rank,
             world_size=world_size,
             local_rank=_number(environ, "LOCAL_RANK", "torchrun"),
-            local_world_size=int(environ.get("LOCAL_WORLD_SIZE", world_size)),
+            local_world_size=_number(environ, "LOCAL_WORLD_SIZE", "torchrun", str(world_size)),
             address=environ.get("MASTER_ADDR", "127.0.0.1"),
-            port=int(environ.get("MASTER_PORT", "29500")),
+            port=_number(environ, "MASTER_PORT", "torchrun", "29500"),
         )
-    elif "SLURM_STEP_ID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    elif "SLURM_STEP_ID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", "srun", "1") > 1:
         if "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
             raise SetupError(
                 "srun started this step with several tasks, but MASTER_ADDR and MASTER_PORT are not set; export them "
@@ -84,7 +84,7 @@ def resolve_launch(environ: Mapping[str, str] | None = None) -> Launch:
             local_rank=_number(environ, "SLURM_LOCALID", "srun"),
             local_world_size=int(environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]),
             address=environ["MASTER_ADDR"],
-            port=int(environ["MASTER_PORT"]),
+            port=_number(environ, "MASTER_PORT", "srun"),
         )
     else:
         launch = Launch("alone", 0, 1, 0, 1, "127.0.0.1", _free_port())

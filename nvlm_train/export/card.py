@@ -29,10 +29,13 @@ class Part(NamedTuple):
     source: str | None
 
 
-def parts_of(recipe: dict[str, Any]) -> list[Part]:
-    """Weights and data named in a recipe (dictionary form), and those of the runs it started from, without repeats."""
+def parts_of(recipe: dict[str, Any], earlier_run: dict[str, Any] | None = None) -> list[Part]:
+    """Weights and data named in a recipe (dictionary form), and those of the runs it started from, without repeats.
+
+    earlier_run: what recipe.json recorded of the run behind `init_from.run`: {"path", "recipe", "earlier_run"}.
+    CheckpointError when the recipe started from a run that is not recorded: its licences would be lost.
+    """
     parts: list[Part] = []
-    seen: set[Path] = set()
     while True:
         init_from = recipe.get("init_from") or {}
         for name in ("vision", "language_model"):
@@ -41,13 +44,15 @@ def parts_of(recipe: dict[str, Any]) -> list[Part]:
         for name, source in ((recipe.get("data") or {}).get("mixture") or {}).items():
             parts.append(Part("data", name, source.get("license"), source.get("source")))
         run = init_from.get("run")
-        if run:
-            parts.append(Part("weights", "run", run.get("license"), run.get("source") or Path(run["path"]).name))
-        earlier = _recipe_file_of_run(run["path"]) if run else None
-        if earlier is None or earlier in seen:
+        if not run:
             return list(dict.fromkeys(parts))
-        seen.add(earlier)
-        recipe = json.loads(earlier.read_text(encoding="utf-8"))["recipe"]
+        parts.append(Part("weights", "run", run.get("license"), run.get("source") or Path(run["path"]).name))
+        if earlier_run is None:
+            raise CheckpointError(
+                f"init_from.run {run['path']!r} is not recorded in the run's recipe.json, so the licences behind it "
+                "are not known; start the run once more with this version of nvlm_train, it records them"
+            )
+        recipe, earlier_run = earlier_run["recipe"], earlier_run.get("earlier_run")
 
 
 def is_research_only(license: str | None) -> bool:
@@ -71,9 +76,16 @@ def license_of(recipe: dict[str, Any], parts: list[Part]) -> str | None:
     return stated if stated is not None else (restricted[0].license if restricted else None)
 
 
-def model_card(recipe: dict[str, Any], *, step: int | None, recipe_hash: str | None, dtype: str) -> str:
-    """README.md of an export, with the metadata the Hub reads at its head."""
-    parts = parts_of(recipe)
+def model_card(
+    recipe: dict[str, Any],
+    *,
+    step: int | None,
+    recipe_hash: str | None,
+    dtype: str,
+    earlier_run: dict[str, Any] | None = None,
+) -> str:
+    """README.md of an export, with the metadata the Hub reads at its head. earlier_run: see `parts_of`."""
+    parts = parts_of(recipe, earlier_run)
     license = license_of(recipe, parts)
     research = [part for part in parts if is_research_only(part.license)]
     name = str(recipe.get("run_name", "model"))
@@ -147,10 +159,3 @@ def _step(recipe: dict[str, Any]) -> str:
 def _trained(recipe: dict[str, Any]) -> str:
     modes = recipe.get("train") or {}
     return ", ".join(f"{module} {mode}" for module, mode in modes.items()) or "not recorded"
-
-
-def _recipe_file_of_run(path: str) -> Path | None:
-    for folder in (Path(path), Path(path).parent):
-        if (folder / "recipe.json").is_file():
-            return (folder / "recipe.json").resolve()
-    return None

@@ -55,12 +55,13 @@ def export(
     max_shard_size: str | int = "4GB",
     step: int | None = None,
     recipe_hash: str | None = None,
+    earlier_run: dict[str, Any] | None = None,
 ) -> Path:
     """Writes the model to the folder `out` and returns it.
 
     weights: every tensor of the model by our names. recipe: as recipe_to_dict gives it. tokenizer_path: default the
     recipe's. dtype: 'bf16' or 'fp32', default the recipe's precision. max_shard_size: bytes, or '4GB', '500MB', '2GiB';
-    a larger single tensor gets a shard of its own. step, recipe_hash: for the model card.
+    a larger single tensor gets a shard of its own. step, recipe_hash, earlier_run: for the model card.
 
     Raises CheckpointError for tensors that are missing, mis-shaped or not finite, an unusable tokenizer, or an `out`
     that holds something; SetupError when the disk cannot hold the export. Nothing is left behind then.
@@ -74,7 +75,7 @@ def export(
         raise CheckpointError(f"{out} exists and is not an empty folder; name a new one, nothing is overwritten")
     tokenizer_folder = Path(tokenizer_path or recipe["tokenizer"]["path"])
     tokens = special_token_ids(tokenizer_folder, model.language_model.vocab_size)
-    readme = card.model_card(recipe, step=step, recipe_hash=recipe_hash, dtype=dtype)
+    readme = card.model_card(recipe, step=step, recipe_hash=recipe_hash, dtype=dtype, earlier_run=earlier_run)
     shards = plan_shards(model, dtype, parse_size(max_shard_size))
     _check_tensors(weights, model)
     _check_space(out, sum(size for shard in shards for _, _, size in shard))
@@ -266,7 +267,7 @@ def system_text(recipe: dict[str, Any]) -> str | None:
     """What training put before a conversation without a system turn: the recipe's text, else the template's own."""
     tokenizer = recipe["tokenizer"]
     text: str | None = tokenizer.get("system")
-    return TEMPLATE_SYSTEM[tokenizer["template"]] if text is None else text
+    return TEMPLATE_SYSTEM[tokenizer["template"]] if text is None else text or None  # "": no system turn at all
 
 
 def chat_template(template: str, system: str | None) -> str:
@@ -533,17 +534,19 @@ def export_command(args: Namespace) -> int:
     """`nvlm-train export RUN[/step_N] OUT`: exports, then verifies unless --no-verify. Returns the exit code."""
     from nvlm_train.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(args.run)
+    checkpoint = open_checkpoint(args.run, checksums=True)
     as_json = getattr(args, "json", False)
     recipe_hash = checkpoint.state.get("recipe_hash")
     out = export(
         checkpoint,
         checkpoint.recipe,
         args.out,
+        tokenizer_path=getattr(args, "tokenizer", None),
         dtype=getattr(args, "dtype", None),
         max_shard_size=getattr(args, "max_shard_size", None) or "4GB",
         step=checkpoint.step,
         recipe_hash=recipe_hash,
+        earlier_run=checkpoint.earlier_run,
     )
     size = sum(path.stat().st_size for path in out.iterdir())
     log.info("exported step %d of %s to %s (%.1f MB)", checkpoint.step, args.run, out, size / 1e6)

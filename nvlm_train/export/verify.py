@@ -330,6 +330,9 @@ class _Rounded:
     def read(self, name: str) -> Tensor:
         return self._weights.read(name).to(self._dtype)
 
+    def read_slice(self, name: str, begin: int, end: int) -> Tensor:
+        return self._weights.read_slice(name, begin, end).to(self._dtype)
+
     def where(self, name: str) -> str:
         return self._weights.where(name)
 
@@ -469,7 +472,7 @@ def verify_command(args: Namespace) -> int:
     """`nvlm-train verify OUT --against RUN[/step_N]`: 0 equal, 1 different, 2 (an NvlmError) when it cannot tell."""
     from nvlm_train.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(args.against)
+    checkpoint = open_checkpoint(args.against, checksums=True)
     report = verify(args.out, checkpoint, checkpoint.recipe)
     print_report(report, as_json=getattr(args, "json", False))
     return 0 if report["ok"] else 1

@@ -127,6 +127,12 @@ def torch_attention(
 
 
 @cache
+def _has_flash(device: torch.device) -> bool:
+    """Flash attention needs Ampere (compute capability 8.0) or newer; stand-ins on other devices are let through."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
 def _varlen_options() -> tuple[Any, frozenset[str]]:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -136,12 +142,15 @@ def _varlen_options() -> tuple[Any, frozenset[str]]:
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool = True
 ) -> Tensor:
-    """Packed attention with `torch.nn.attention.varlen.varlen_attn` (flash attention; bf16 and fp16 only).
+    """Packed attention with `torch.nn.attention.varlen.varlen_attn` (flash attention: bf16 and fp16, head sizes that
+    are multiples of 8 up to 256, compute capability 8.0 and newer).
 
     Same arguments and result as `torch_attention`, which it hands other types to. The call is made after the
     signature found: releases differ (`is_causal` or `window_size`, with and without `enable_gqa`).
     """
-    if q.dtype not in (torch.bfloat16, torch.float16):
+    head_size = q.shape[-1]
+    fits = q.dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256
+    if not fits or not _has_flash(q.device):
         return torch_attention(q, k, v, cu_seqlens, max_seqlen, causal)
     varlen_attn, parameters = _varlen_options()
     options: dict[str, Any] = {}

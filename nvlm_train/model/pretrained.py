@@ -42,6 +42,9 @@ class Weights(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor on the CPU in its stored type; may be a view of a mapped file: do not write into it."""
 
+    def read_slice(self, name: str, begin: int, end: int) -> Tensor:
+        """Elements begin to end (which may lie beyond the last) of the flattened tensor; reads no more than it must."""
+
     def where(self, name: str) -> str:
         """Where it is read from, as "file:key", for messages and for a run's record of its origin."""
 
@@ -82,14 +85,12 @@ class WeightFolder:
         tensor: Tensor = self._files[entry.file].get_tensor(entry.key)
         return tensor
 
+    def read_slice(self, name: str, begin: int, end: int) -> Tensor:
+        return self.read(name).reshape(-1)[begin:end]  # the file is mapped: only these pages are read
+
     def where(self, name: str) -> str:
         entry = self._entries[name]
         return f"{entry.file}:{entry.key}"
-
-    def file_and_key(self, name: str) -> tuple[Path, str]:
-        """The parts of `where`."""
-        entry = self._entries[name]
-        return entry.file, entry.key
 
 
 class _Merged:
@@ -109,6 +110,9 @@ class _Merged:
 
     def read(self, name: str) -> Tensor:
         return self._of[name].read(name)
+
+    def read_slice(self, name: str, begin: int, end: int) -> Tensor:
+        return self._of[name].read_slice(name, begin, end)
 
     def where(self, name: str) -> str:
         return self._of[name].where(name)
@@ -454,13 +458,18 @@ def fill(
         if name in skip:
             continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty parameter behind
-        value = weights.read(name) if name in there else initial_value(name, shape, seed, config)
-        if tuple(value.shape) != shape:
+        if name in there and tuple(weights.shape(name)) != shape:
             raise CheckpointError(
-                f"{name}: {weights.where(name)} has shape {list(value.shape)}, the model {list(shape)}"
+                f"{name}: {weights.where(name)} has shape {list(weights.shape(name))}, the model {list(shape)}"
             )
         part = slice_of(parameter)
-        write(parameter, value if part is None else value.reshape(-1)[part[0] : part[1]])
+        if name not in there:
+            value = initial_value(name, shape, seed, config)
+            write(parameter, value if part is None else value.reshape(-1)[part[0] : part[1]])
+        elif part is None:
+            write(parameter, weights.read(name))
+        else:
+            write(parameter, weights.read_slice(name, *part))
 
 
 def load_into(model: nn.Module, weights: Weights, config: schema.Model, seed: int) -> None:

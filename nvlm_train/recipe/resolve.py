@@ -200,8 +200,8 @@ def lr_factor(step: int, warmup_steps: int, decay_steps: int, name: str, min_rat
 
     step counts from 0, and its update is number n = step + 1: n / warmup_steps while n <= warmup_steps, so that the
     first update already moves and update `warmup_steps` is the first at the peak. Then `constant` stays at 1, and
-    `cosine` falls to min_ratio, which update `decay_steps` (the last one, unless the recipe says otherwise) and all later ones
-    have:  min + (1 - min) (1 + cos(pi (n - warmup) / (decay - warmup))) / 2.
+    `cosine` falls to min_ratio, which update `decay_steps` (the last one, unless the recipe says otherwise) and all
+    later ones have:  min + (1 - min) (1 + cos(pi (n - warmup) / (decay - warmup))) / 2.
 
     Example, cosine with 2 steps of warm-up, 6 of decay, min 0.1: 0.5, 1.0, 0.868, 0.55, 0.232, 0.1, 0.1, ...
     """

@@ -404,8 +404,8 @@ class Data(Section):
     overlong: Literal["drop", "truncate_text", "fewer_tiles", "error"] = key(
         "fewer_tiles",
         doc="A sample longer than max_tokens_per_sample: drop it; cut off text at its end, as far as its last image "
-        "and something to train on stay whole; cut its images into fewer tiles (6, 4, 2, 1) and drop it only when "
-        "that is not enough; or stop. Never cut through an image.",
+        "and something to train on stay whole; cut its images into fewer tiles (8, 6, 4, 2, 1) and drop it only "
+        "when that is not enough; or stop. Never cut through an image.",
         resume="ask",
     )
     decode: Literal["exact", "fast"] = key(
@@ -555,8 +555,8 @@ class GlobalBatch(Section):
                 [
                     (
                         "packs" if both else "",
-                        f"stands beside samples {self.samples}, but a step has one unit; remove one of the two (`samples: "
-                        "null` takes back what a parent recipe says)"
+                        f"stands beside samples {self.samples}, but a step has one unit; remove one of the two "
+                        "(`samples: null` takes back what a parent recipe says)"
                         if both
                         else "has no unit; give samples: N (exact learning-rate arithmetic) or packs: N (throughput)",
                     )
@@ -648,6 +648,24 @@ class Checkpoint(Section):
     )
     signal: Literal["USR1", "USR2"] = key(
         "USR2", doc="Signal that means: finish the step, save, exit 0 (SIGTERM and SIGINT always do).", resume="free"
+    )
+
+
+class Distributed(Section):
+    """How long ranks wait for each other."""
+
+    timeout_s: int = key(
+        600,
+        doc="Seconds a collective may wait before the run ends with an error; loading and saving included.",
+        gt=0,
+        resume="free",
+    )
+    hang_s: int = key(
+        1800,
+        doc="Seconds without the end of a step, a validation or a save after which a rank writes the stacks of all its "
+        "threads and ends the run with exit 1.",
+        gt=0,
+        resume="free",
     )
 
 
@@ -763,6 +781,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = key(Checkpoint(), doc="Saving.", resume="free")
     validation: Validation | None = key(None, doc="Held-out loss; absent: none.", resume="free")
     log: Log = key(Log(), doc="Console, wandb, tensorboard.", resume="free")
+    distributed: Distributed = key(Distributed(), doc="Time limits of a run on several ranks.", resume="free")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
@@ -776,8 +795,8 @@ class Recipe(Section):
             problems.append(
                 (
                     name,
-                    f"stands beside {lengths[0]}, but a run has one length; remove one of the two (`{lengths[0]}: null` "
-                    "takes back what a parent recipe says)",
+                    f"stands beside {lengths[0]}, but a run has one length; remove one of the two "
+                    f"(`{lengths[0]}: null` takes back what a parent recipe says)",
                 )
             )
         longest = self.model.language_model.max_position_embeddings

@@ -37,7 +37,6 @@ def check_command(args: Namespace) -> int:
         )
         return 0
     total, trained = (sum(resolved.parameters[kind].values()) for kind in ("total", "trainable"))
-    recipe = resolved.recipe
     print(
         f"ok  {args.recipe}  hash {resolved.recipe_hash}  {_count(total)} parameters, {_count(trained)} trained  "
         f"{_step_unit(resolved)} a step, {_num_steps(resolved)}"
@@ -109,7 +108,7 @@ def explain(resolved: Resolved) -> list[str]:
         f"batch on {batch.world_size} rank{'s' * (batch.world_size > 1)}",
         f"  a step is {batch.samples} samples, at most {batch.max_packs} packs of {batch.pack_tokens} tokens"
         if batch.packs is None
-        else f"  a step is {batch.packs} packs of at most {batch.pack_tokens} tokens; its samples are known after indexing",
+        else f"  a step is {batch.packs} packs of at most {batch.pack_tokens} tokens, its samples known after indexing",
         f"  a micro-step is {batch.world_size} x {batch.micro_batch_size} = {batch.slots_per_micro_step} packs; "
         f"a step is {'at most ' if batch.packs is None else ''}{batch.max_micro_steps} "
         f"micro-step{'s' * (batch.max_micro_steps > 1)} (the accumulation)",

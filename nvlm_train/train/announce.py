@@ -55,23 +55,41 @@ def provenance(launch: Launch) -> dict[str, Any]:
 
 
 def data_lines(plan: DataPlan) -> list[str]:
-    """What a step holds by its first ones; then one line a source: samples, share of the mixture, and how often the run goes through it."""
+    """One line a source: samples, share of the mixture, and how often the run goes through it."""
     lines = []
     drawn = plan.mixture.drawn(plan.num_samples)
     for name, share, draws in zip(plan.mixture.names, plan.mixture.shares, drawn, strict=True):
         samples = len(plan.train_rows[name])
         epochs = draws / samples
         lines.append(f"{name}: {samples:,} samples, {float(share):.1%} of the mixture, {epochs:.2f} epochs")
+    lines += [
+        f"{name}: {count} samples cut into fewer tiles to fit" for name, count in sorted(plan.fewer_tiles.items())
+    ]
     lines += [f"{name}: validation, {len(plan.held_out[name]):,} samples" for name in plan.validation_sources()]
     lines += [
         f"{name}: {count} lines dropped, {reason}" for (name, reason), count in sorted(plan.dropped_at_index.items())
     ]
+    return lines
+
+
+def expected_step(plan: DataPlan) -> list[str]:
+    """Tokens, trained tokens and tiles of an average step, from the lengths in the index; how the first ones are packed
+    and use the ranks."""
+    samples = plan.num_samples / plan.num_steps
+    means = {}
+    for column in ("tokens", "trained", "tiles"):
+        by_source = [
+            float(share) * plan.indexes[name].rows[column][plan.train_rows[name]].mean()
+            for name, share in zip(plan.mixture.names, plan.mixture.shares, strict=True)
+        ]
+        means[column] = samples * sum(by_source)
     first = plan.predict(_STEPS_LOOKED_AT)
     return [
-        f"a step holds {first.samples_per_step:,.0f} samples, {first.tokens_per_step:,.0f} tokens and "
-        f"{first.tiles_per_step:,.0f} tiles in {first.packs_per_step:.1f} packs ({first.efficiency:.1%} full); "
-        f"null packs {first.null_share:.1%}, predicted use of the ranks {first.utilisation:.1%}",
-        *lines,
+        f"about {samples:,.0f} samples a step, {means['tokens']:,.0f} tokens, {means['trained']:,.0f} trained, "
+        f"{means['tiles']:,.0f} tiles",
+        f"the first steps: {first.packs_per_step:.1f} packs in {len(plan.deal_step(0))} micro-steps, "
+        f"{first.efficiency:.1%} full; null packs {first.null_share:.1%}; predicted use of the ranks "
+        f"{first.utilisation:.1%}",
     ]
 
 
@@ -83,7 +101,8 @@ def first_screen(
     account: Account,
     device: str,
     attempt: Mapping[str, Any],
-    data: list[str],
+    plan: DataPlan,
+    command_line: str,
     idle_gpus: int,
 ) -> str:
     """The text, one fact a line."""
@@ -108,13 +127,16 @@ def first_screen(
                 for module, count in counts.items()
             ),
         ],
-        "batch": (
-            f"{batch.samples} samples a step in packs of {batch.pack_tokens} tokens"
-            if batch.packs is None
-            else f"{batch.packs} packs of {batch.pack_tokens} tokens a step"
-        )
-        + f", {batch.world_size} ranks x {batch.micro_batch_size} packs a micro-step, {resolved.num_steps} steps",
-        "data": data,
+        "batch": [
+            (
+                f"{batch.samples} samples a step in packs of {batch.pack_tokens} tokens"
+                if batch.packs is None
+                else f"{batch.packs} packs of {batch.pack_tokens} tokens a step"
+            )
+            + f", {batch.world_size} ranks x {batch.micro_batch_size} packs a micro-step, {resolved.num_steps} steps",
+            *expected_step(plan),
+        ],
+        "data": data_lines(plan),
         "memory": [
             f"{_bytes(total)} predicted per rank",
             ", ".join(f"{kind} {_bytes(size)}" for kind, size in memory.items() if size),
@@ -126,8 +148,8 @@ def first_screen(
         facts["changed"] = f"{', '.join(start.changes)} since the last attempt"
     if idle_gpus:
         facts["hint"] = (
-            f"{idle_gpus} more GPUs are idle; use them with: torchrun --standalone --nproc_per_node {idle_gpus + 1} "
-            "-m nvlm_train train ..."
+            f"{idle_gpus} more GPUs of this host are not used by this run; use them with: torchrun --standalone "
+            f"--nproc_per_node {idle_gpus + 1} -m nvlm_train train {command_line}"
         )
     lines = []
     for name, fact in facts.items():

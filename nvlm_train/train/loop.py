@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from nvlm_train.train.loss import tower_features
 from nvlm_train.train.metrics import Clock, Console, MetricsFile, Sink, open_sinks, peak_memory_gib
 from nvlm_train.train.stop import StopRequest
 from nvlm_train.train.validation import ValidationResult, validate
+from nvlm_train.train.watch import HangWatch
 
 log = logging.getLogger(__name__)
 
@@ -54,26 +56,44 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     resolved = resolve(recipe, launch.world_size, plan.num_steps)
     state.check_data(start, plan.state(start.step), accept)
 
-    world = dist.start(launch)
+    world = dist.start(launch, recipe.distributed.timeout_s)
     try:
         dist.barrier(world)  # every rank has looked at the run directory; only now may it change
-        if launch.rank == 0:
-            state.write_run_files(start, recipe, resolved, attempt)
-            frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
-            checkpoint.write_base(start.run, frozen)
+        frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
+        state.write_base(start.run, frozen, world)
+        if not start.step:
+            state.verify_earlier_run(recipe, world)
         built = state.build(recipe, resolved, world, weights, skip_trained=start.step > 0)
         progress = state.restore(built, start.checkpoint) if start.checkpoint else state.Progress()
+        with dist.agreed(world, "writing the run's files"):
+            if launch.rank == 0:
+                checkpoint.clear_leftovers(start.run)
+                state.set_aside(start)
+                state.write_run_files(start, recipe, resolved, attempt)
         if _stopped_early(recipe, progress):
             log.info("%s stopped early: validation had not improved at step %d", start.run, progress.step)
             return 0
         if launch.rank == 0:
             idle = torch.cuda.device_count() - 1 if launch.launcher == "alone" and torch.cuda.is_available() else 0
             screen = announce.first_screen(
-                recipe, resolved, launch, start, account, str(world.device), attempt, announce.data_lines(plan), idle
+                recipe,
+                resolved,
+                launch,
+                start,
+                account,
+                str(world.device),
+                attempt,
+                plan,
+                shlex.join([str(loaded.path), *loaded.overrides]),
+                idle,
             )
             log.info("%s", "\n" + screen)
-        with StopRequest(start.run, recipe.checkpoint.signal, watch_files=launch.rank == 0) as stop:
-            _run(recipe, resolved, world, built, plan, progress, start.run, stop)
+        stacks = start.run / f"stacks_rank_{launch.rank}.txt"
+        with (
+            HangWatch(recipe.distributed.hang_s, stacks) as watch,
+            StopRequest(start.run, recipe.checkpoint.signal, watch_files=launch.rank == 0) as stop,
+        ):
+            _run(recipe, resolved, world, built, plan, progress, start.run, stop, watch)
         return 0
     finally:
         dist.stop(world)
@@ -88,7 +108,8 @@ def _is_complete(start: state.Start, num_steps: int | None) -> bool:
 
 def _stopped_early(recipe: Recipe, progress: state.Progress) -> bool:
     early = recipe.validation.early_stop if recipe.validation is not None else None
-    return early is not None and progress.validations_without_improvement >= early.patience
+    same = progress.best_measure == state.validation_measure(recipe)
+    return early is not None and same and progress.validations_without_improvement >= early.patience
 
 
 def _is_trained(recipe: Recipe, name: str) -> bool:
@@ -104,6 +125,7 @@ def _run(
     progress: state.Progress,
     run: Path,
     stop: StopRequest,
+    watch: HangWatch,
 ) -> None:
     rank0 = world.rank == 0
     num_steps = plan.num_steps
@@ -115,18 +137,26 @@ def _run(
     clock = Clock(world.device)
     since, tokens, tiles = time.monotonic(), 0, 0  # of the steps since the last line of metrics
     try:
+        if progress.validation_due:  # the last attempt was asked to stop before it
+            if _validate(recipe, world, built, plan, progress, metrics, console, sinks)[1]:
+                return
+            watch.alive()
+            since = time.monotonic()
         clock.start()
         while progress.step < num_steps:
             data, counts = _load(world, plan, loader)
             clock.stop("data")
             rates = _set_rates(recipe, resolved, built, progress.step)
-            loss, grad_norm = _step(recipe, world, built, data, counts["trained_tokens"], clock)
+            losses, grad_norm = _step(recipe, world, built, data, counts["trained_tokens"], clock)
             stop_asked, save_asked = stop.asked()
-            loss, stops, saves = dist.sum_over_ranks(world, [loss, float(stop_asked), float(save_asked)], torch.float64)
+            asked = [sum(losses), float(stop_asked), float(save_asked)]
+            loss, stops, saves = dist.sum_over_ranks(world, asked, torch.float64)
             loss = loss / counts["trained_tokens"] if counts["trained_tokens"] else math.nan
-            _require_finite(loss, grad_norm, progress.step + 1, data, counts, run)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                _stop_for_non_finite(world, loss, grad_norm, progress.step + 1, data, losses, run)
             _advance(progress, counts)
             clock.stop("step")
+            watch.alive()
             last = progress.step == num_steps
             tokens, tiles = tokens + counts["tokens"], tiles + counts["tiles"]
 
@@ -145,21 +175,16 @@ def _run(
 
             improved = early = False
             if recipe.validation is not None and (progress.step % recipe.validation.every_steps == 0 or last):
-                result = validate(
-                    built.engine,
-                    built.tower,
-                    plan,
-                    world,
-                    dtype=built.dtype,
-                    tiles_per_chunk=recipe.vision_tiles_per_chunk,
-                )
-                improved, early = _judge(recipe, progress, result)
-                if metrics is not None and console is not None:
-                    _publish_validation(metrics, console, sinks, progress, result, improved)
+                progress.validation_due = True
+            # asked to stop, saving comes first and the next start validates; after the last step there is none
+            if progress.validation_due and (last or not stops):
+                improved, early = _validate(recipe, world, built, plan, progress, metrics, console, sinks)
+                watch.alive()
 
             if last or stops or saves or improved or early or progress.step % recipe.checkpoint.every_steps == 0:
                 began = time.monotonic()
                 path = state.save(built, run, progress, recipe, resolved, plan.state(progress.step))
+                watch.alive()
                 if console is not None:
                     console.say(f"saved {path} in {time.monotonic() - began:.1f} s")
             if stops or early:
@@ -168,6 +193,7 @@ def _run(
                     console.say(f"stopped after step {progress.step} of {num_steps}: {why}; saved {path}")
                 stop.forget_file()
                 break
+            since = time.monotonic() if progress.step % recipe.log.every_steps == 0 else since  # not of the next steps
             clock.start()
     finally:
         loader.close()
@@ -184,10 +210,11 @@ def _load(world: dist.World, plan: DataPlan, loader: StepLoader) -> tuple[StepDa
     One small int64 all-reduce: it fixes the denominator of the loss before the first backward, and it tells the other
     ranks when data failed on one of them, so that all stop with its message instead of waiting for it.
     """
-    data, error = None, None
+    data: StepData | None = None
+    error: Exception | None = None
     try:
         data = next(loader)
-    except NvlmError as raised:
+    except Exception as raised:
         error = raised
     sources = list(plan.mixture.names)
     values = [int(error is not None)] + [0] * (5 + len(sources))
@@ -196,8 +223,7 @@ def _load(world: dist.World, plan: DataPlan, loader: StepLoader) -> tuple[StepDa
         values += [data.samples_by_source.get(source, 0) for source in sources]
     summed = dist.sum_over_ranks(world, values, torch.int64)
     if summed[0]:
-        messages = dist.gather(world, None if error is None else str(error))
-        raise error or DataError("\n".join(f"rank {r}: {m}" for r, m in enumerate(messages) if m is not None))
+        dist.raise_together(world, error, "loading data")
     assert data is not None
     totals: dict[str, Any] = dict(
         zip(("trained_tokens", "tokens", "tiles", "samples", "bad"), summed[1:], strict=False)
@@ -220,8 +246,8 @@ def _set_rates(recipe: Recipe, resolved: Resolved, built: state.Built, step: int
 
 def _step(
     recipe: Recipe, world: dist.World, built: state.Built, data: StepData, trained_tokens: int, clock: Clock
-) -> tuple[float, float]:
-    """One optimizer step. Returns this rank's sum of losses and the global gradient norm."""
+) -> tuple[list[float], float]:
+    """One optimizer step. Returns this rank's sum of losses of each micro-step and the global gradient norm."""
     losses = []
     clock.start()
     for number, host_batch in enumerate(data.micro_batches, start=1):
@@ -234,25 +260,38 @@ def _step(
         clock.stop("backward")
         losses.append(loss_sum.detach())
     grad_norm = zero.step(built.engine)
-    return float(torch.stack(losses).double().sum()), grad_norm
+    return torch.stack(losses).double().tolist(), grad_norm
 
 
-def _require_finite(
-    loss: float, grad_norm: float, step: int, data: StepData, counts: dict[str, Any], run: Path
+def _stop_for_non_finite(
+    world: dist.World, loss: float, grad_norm: float, step: int, data: StepData, losses: list[float], run: Path
 ) -> None:
-    """Stops before a step with a broken loss or gradient can be saved; the last checkpoint stays as it is."""
-    if not counts["trained_tokens"]:
+    """Stops before a step with a broken loss or gradient can be saved; the last checkpoint stays as it is.
+
+    What the step was made of is written down: RUN/nonfinite/step_N.json, every rank's samples and losses.
+    """
+    own = [
+        {"loss": value, "samples": [list(ref) for ref in batch.samples]}
+        for value, batch in zip(losses, data.micro_batches, strict=True)
+    ]
+    ranks = dist.gather(world, own)
+    trained = sum(dist.gather(world, data.trained_tokens))
+    if not trained:
         raise DataError(
             f"step {step}: none of its samples could be used, so there is nothing to train on; see "
             f"{run / 'bad_samples.jsonl'}"
         )
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    refs = [f"{ref.source}:{ref.row}" for batch in data.micro_batches for ref in batch.samples]
+    file = run / "nonfinite" / f"step_{step}.json"
+    with dist.agreed(world, f"writing {file}"):
+        if world.rank == 0:
+            file.parent.mkdir(exist_ok=True)
+            content = {"format": checkpoint.FORMAT, "step": step, "loss": str(loss), "grad_norm": str(grad_norm)}
+            text = [[{**micro, "loss": str(micro["loss"])} for micro in rank] for rank in ranks]
+            checkpoint.write_json(file, {**content, "micro_steps_by_rank": text})
     raise NvlmError(
         f"step {step}: loss is {loss}, gradient norm {grad_norm}; nothing was saved after the last checkpoint in {run}."
-        f" Samples of this step on this rank: {', '.join(refs[:12])}{' ...' if len(refs) > 12 else ''}. "
-        "Lower optimizer.lr, lengthen schedule.warmup_steps, or check these samples; then start again to resume"
+        f" The samples of this step (source, row, epoch) and their losses are in {file}. Lower optimizer.lr, lengthen "
+        "schedule.warmup_steps, or check these samples; then start again to resume"
     )
 
 
@@ -260,6 +299,7 @@ def _advance(progress: state.Progress, counts: dict[str, Any]) -> None:
     progress.step += 1
     progress.samples += counts["samples"]
     progress.trained_tokens += counts["trained_tokens"]
+    progress.bad_samples += counts["bad"]
     for source, samples in counts["samples_by_source"].items():
         progress.samples_by_source[source] = progress.samples_by_source.get(source, 0) + samples
 
@@ -292,11 +332,34 @@ def _publish(metrics: MetricsFile, console: Console, sinks: list[Sink], record: 
         sink.write(record)
 
 
+def _validate(
+    recipe: Recipe,
+    world: dist.World,
+    built: state.Built,
+    plan: DataPlan,
+    progress: state.Progress,
+    metrics: MetricsFile | None,
+    console: Console | None,
+    sinks: list[Sink],
+) -> tuple[bool, bool]:
+    result = validate(
+        built.engine, built.tower, plan, world, dtype=built.dtype, tiles_per_chunk=recipe.vision_tiles_per_chunk
+    )
+    progress.validation_due = False
+    improved, early = _judge(recipe, progress, result)
+    if metrics is not None and console is not None:
+        _publish_validation(metrics, console, sinks, progress, result, improved)
+    return improved, early
+
+
 def _judge(recipe: Recipe, progress: state.Progress, result: ValidationResult) -> tuple[bool, bool]:
     """(this is the best so far, it is time to stop early)."""
     assert recipe.validation is not None
     loss = result.marked(recipe.validation.best)
-    if progress.best_loss is None or loss < progress.best_loss:
+    measure = state.validation_measure(recipe)
+    if progress.best_measure != measure:  # another set or another mark: older losses do not compare
+        progress.best_loss, progress.validations_without_improvement, progress.best_measure = None, 0, measure
+    if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss, progress.best_step, progress.validations_without_improvement = loss, progress.step, 0
         return True, False
     progress.validations_without_improvement += 1

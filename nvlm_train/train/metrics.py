@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import queue
 import resource
+import secrets
 import socket
 import sys
 import threading
@@ -88,12 +90,23 @@ class MetricsFile:
         os.replace(temporary, path)
         self._stream = path.open("a", encoding="utf-8")
 
+        self._failed = False
+
     def write(self, record: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
+        """Appends a record. A full disk is told once and does not end the run: the next save will say what to do."""
+        try:
+            self._stream.write(json.dumps(record) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            if not self._failed:
+                log.warning(
+                    "%s cannot be written (%s); records are lost until it can", self._stream.name, error.strerror
+                )
+            self._failed = True
 
     def close(self) -> None:
-        self._stream.close()
+        with contextlib.suppress(OSError):  # told already
+            self._stream.close()
 
 
 class Console:
@@ -207,6 +220,14 @@ def _text_of(path: Path) -> str:
         return ""
 
 
+def _wandb_id(run: Path) -> str:
+    """An id of this run directory, kept in it: a resume goes on in the same wandb run, a new folder never does."""
+    file = run / "wandb_id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(8), encoding="utf-8")
+    return file.read_text(encoding="utf-8").strip()
+
+
 def open_sinks(names: Sequence[str], run: Path, run_name: str, project: str, config: dict[str, Any]) -> list[Sink]:
     """Starts what `log.to` names."""
 
@@ -218,7 +239,7 @@ def open_sinks(names: Sequence[str], run: Path, run_name: str, project: str, con
         started = wandb.init(
             project=project,
             name=run_name,
-            id=run_name,
+            id=_wandb_id(run),
             resume="allow",
             dir=str(run),
             config=config,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +50,27 @@ class Progress:
     samples: int = 0
     trained_tokens: int = 0
     samples_by_source: dict[str, int] = field(default_factory=dict)
-    bad: dict[str, int] = field(default_factory=dict)  # "source: reason" -> count
+    bad_samples: int = 0
     best_loss: float | None = None
     best_step: int | None = None
+    best_measure: str | None = None  # what `best_loss` was measured on, see `validation_measure`
     validations_without_improvement: int = 0
+    validation_due: bool = False  # the run was asked to stop where it would have validated
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Progress:
+        """From a checkpoint's state.json: what an older version did not write keeps its default."""
+        known = {item.name for item in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def validation_measure(recipe: Recipe) -> str | None:
+    """What a validation loss is measured on; losses compare only where this is equal."""
+    if recipe.validation is None:
+        return None
+    kept = recipe.validation.model_dump(mode="json", exclude={"every_steps", "early_stop"})
+    sources = {name: source["kind"] for name, source in kept.pop("sources").items()}  # files may move
+    return hashlib.sha256(json.dumps([kept, sources], sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -59,6 +80,8 @@ class Start:
     run: Path
     step: int  # 0: from `init_from`
     changes: list[str]  # keys that differ from the last attempt, allowed
+    resume: str = "auto"
+    later: list[int] = field(default_factory=list)  # complete checkpoints after `step`, to be set aside
 
     @property
     def checkpoint(self) -> Path | None:
@@ -69,7 +92,7 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
     """Looks at the run directory before anything is built.
 
     Raises RecipeError when the directory belongs to a run that this recipe would change, or when `resume` is "never"
-    and it is not empty.
+    and it is not empty, or names a step without a complete checkpoint.
     """
     run = Path(recipe.output_dir)
     if run.exists() and not run.is_dir():
@@ -86,9 +109,34 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
         return Start(run, 0, [])
     if resume == "never":
         raise RecipeError(f"output_dir: '{run}' already holds a run and --resume is never; name another folder")
-    saved = checkpoint.read_json(run / "recipe.json")["recipe"]
-    differences = check_resume(saved, recipe, accept)
-    return Start(run, steps[-1] if steps else 0, [str(difference.key) for difference in differences])
+    content = checkpoint.read_json(run / "recipe.json")
+    differences = check_resume(content["recipe"], recipe, accept)
+    step = steps[-1] if steps else 0
+    if content["attempts"] and content["attempts"][-1].get("resume") == resume:
+        log.info("the last attempt went back to %s already; going on from step_%d", resume, step)
+    elif resume.startswith("step_"):
+        step = int(resume.removeprefix("step_"))
+        if step not in steps:
+            there = ", ".join(f"step_{n}" for n in steps) or "none"
+            raise RecipeError(f"--resume {resume}: '{run}' has no complete checkpoint of that step; there are: {there}")
+    changes = [str(difference.key) for difference in differences]
+    return Start(run, step, changes, resume, [n for n in steps if n > step])
+
+
+def set_aside(start: Start) -> None:
+    """Moves what comes after the step that the run goes back to into RUN/set_aside/N/: checkpoints and metrics."""
+    if not start.later:
+        return
+    parent = start.run / "set_aside"
+    numbers = [int(folder.name) for folder in parent.glob("*") if folder.name.isdigit()]
+    folder = parent / str(max(numbers, default=0) + 1)
+    folder.mkdir(parents=True)
+    metrics = start.run / "metrics.jsonl"
+    if metrics.exists():
+        shutil.copy2(metrics, folder / metrics.name)
+    for step in reversed(start.later):  # the newest first: interrupted, the rest is still a run without a gap
+        (start.run / f"step_{step}").rename(folder / f"step_{step}")
+    log.info("set aside %s in %s", ", ".join(f"step_{step}" for step in start.later), folder)
 
 
 def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance: dict[str, Any]) -> None:
@@ -96,20 +144,47 @@ def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance
     start.run.mkdir(parents=True, exist_ok=True)
     path = start.run / "recipe.json"
     attempts = checkpoint.read_json(path)["attempts"] if path.exists() else []
-    attempts.append({"from_step": start.step, "changed": start.changes, **provenance})
+    went_back = start.resume if start.resume.startswith("step_") else None
+    attempts.append({"from_step": start.step, "changed": start.changes, "resume": went_back, **provenance})
     content = {
         "format": checkpoint.FORMAT,
         "recipe_hash": resolved.recipe_hash,
         "recipe": recipe_to_dict(recipe),
+        "earlier_run": _earlier_run(recipe),
         "attempts": attempts,
     }
     checkpoint.write_json(path, content)
+
+
+def _earlier_run(recipe: Recipe) -> dict[str, Any] | None:
+    """The run this one starts from, with its recipe and the runs before it: licences travel even if folders move."""
+    if recipe.init_from.run is None:
+        return None
+    step = checkpoint.find_step(recipe.init_from.run.path)
+    content = checkpoint.read_json(step.parent / "recipe.json")
+    return {
+        "path": os.path.abspath(step),
+        "recipe_hash": content["recipe_hash"],
+        "recipe": content["recipe"],
+        "earlier_run": content.get("earlier_run"),
+    }
+
+
+def write_base(run: Path, frozen: dict[str, str], world: dist.World) -> None:
+    """Writes or checks RUN/base.json; every rank hashes its share of the files. See `checkpoint.write_base`."""
+    with dist.agreed(world, f"making {run}"):
+        run.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_base(
+        run, frozen, rank=world.rank, world_size=world.world_size, gather=lambda value: dist.gather(world, value)
+    )
 
 
 def check_data(start: Start, data: dict[str, Any], accept: Sequence[str]) -> None:
     """Refuses to go on with other data than before: the same keys can name files that have changed meanwhile."""
     if start.checkpoint is None:
         return
+    if any(key.split(".")[0] in ("data", "tokenizer") for key in start.changes):
+        return  # allowed with --accept: the order changes with it
     saved, fingerprint = checkpoint.read_json(start.checkpoint / "state.json"), data["fingerprint"]
     before = saved.get("data_fingerprint")
     if before != fingerprint and "data" not in accept:
@@ -156,6 +231,14 @@ def open_weights(recipe: Recipe) -> Weights:
     if earlier is not None:
         parts.append(_Only(earlier, sorted(earlier.trained)))
     return merge(*parts)
+
+
+def verify_earlier_run(recipe: Recipe, world: dist.World) -> None:
+    """Compares the checkpoint that `init_from.run` names with its checksums, each rank its share of the files."""
+    if recipe.init_from.run is None:
+        return
+    with dist.agreed(world, f"reading {recipe.init_from.run.path}"):
+        checkpoint.Checkpoint(recipe.init_from.run.path).verify_checksums(world.rank, world.world_size)
 
 
 def account_for_weights(recipe: Recipe, weights: Weights) -> Account:
@@ -220,8 +303,8 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
 def _frozen_tower(recipe: Recipe, weights: Weights, dtype: torch.dtype, device: torch.device) -> InternVit:
     with torch.device("meta"):
         tower = InternVit(recipe.model.vision)
+    tower.to(dtype)  # still on meta: in memory only once, in its own type
     tower.to_empty(device=device)
-    tower.to(dtype)
     slice_of, write = lambda parameter: None, lambda parameter, value: parameter.data.copy_(value)
     fill(_Prefixed(tower), weights, recipe.model, recipe.seed, slice_of, write)
     return tower.requires_grad_(False).eval()
@@ -276,7 +359,10 @@ def save(built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: 
 
 def restore(built: Built, path: Path) -> Progress:
     """Puts a checkpoint into a freshly built engine; each rank reads only its own slices, whatever saved them."""
-    opened = checkpoint.Checkpoint(path)
+    world = built.engine.world
+    with dist.agreed(world, f"reading {path}"):
+        opened = checkpoint.Checkpoint(path)
+        opened.verify_checksums(world.rank, world.world_size)
     names = {name: full_shape(parameter) for name, parameter in built.engine.trainable()}
     problems = [f"{name}: not in the checkpoint" for name in sorted(set(names) - set(opened.shapes))]
     problems += [f"{name}: not trained by this recipe" for name in sorted(set(opened.shapes) - set(names))]
@@ -292,4 +378,4 @@ def restore(built: Built, path: Path) -> Progress:
         return opened.read_many({(name, key): (begin, end)})[name, key]
 
     zero.write_slices(built.engine, read, opened.state["adam_step"])
-    return Progress(**opened.state["progress"])
+    return Progress.read(opened.state["progress"])

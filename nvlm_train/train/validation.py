@@ -11,7 +11,7 @@ import torch
 from nvlm_train.data.loader import validation_batches
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.engine import engine as zero
-from nvlm_train.engine.dist import World, sum_over_ranks
+from nvlm_train.engine.dist import World, agreed, sum_over_ranks
 from nvlm_train.train.loss import tower_features
 
 
@@ -39,7 +39,9 @@ def validate(
         with torch.no_grad():
             for source in sources:
                 loss_sum, tokens = 0.0, 0
-                for batch in validation_batches(plan, source):
+                with agreed(world, f"validation source {source!r}"):
+                    batches = validation_batches(plan, source)
+                for batch in batches:
                     moved = batch.to(world.device)
                     features = tower_features(tower, moved, dtype, tiles_per_chunk)
                     loss_sum += float(engine.deepspeed(moved, features))

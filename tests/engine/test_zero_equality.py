@@ -99,20 +99,23 @@ def test_twenty_steps_equal_plain_pytorch(stage: int, world_size: int) -> None:
     expected = _reference_of(20, world_size, "frozen", "full", False, 1.0)
     options = {"steps": steps, "stage": stage, "gradients_of": (0, 1, 2)}
     found = run_distributed(world_size, JOB, **options)[0]
-    # Worst cases measured over stages 0-3 and 1-2 ranks: losses 1.2e-6 (after 20 steps of lr 1e-2), norms 4e-6 relative
+    # Worst cases measured over stages 0-3 and 1-2 ranks: losses 1.8e-6 after 20 steps, norms 2.0e-5 relative
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=0, atol=1e-5)
     torch.testing.assert_close(found["norms"], expected["norms"], rtol=5e-5, atol=0)
     for step in (0, 1, 2):
         if step == 0:  # later ones start from parameters that already differ by rounding
+            # Worst case measured: 0.041 of the bound
             assert gradient_error(found["gradients"][step], expected["gradients"][step]) <= 1
         projector = {n: g for n, g in found["gradients"][step].items() if n.startswith("projector.")}
         if not any(tiles for _, tiles in steps[step]["samples"]):  # directly after a step with images: the stale trap
             assert all(not g.any() for g in projector.values())
         else:
             assert all(g.any() for g in projector.values())
+    # Worst case measured: 1.94e-4, single elements of projector.fc1.weight. Adam divides a gradient by its own size, so
+    # where that is near rounding the difference is a share of an update, and an update here is up to 2e-2.
     for name, value in expected["parameters"].items():
         torch.testing.assert_close(
-            found["parameters"][name], value, rtol=0, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+            found["parameters"][name], value, rtol=0, atol=5e-4, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
@@ -135,7 +138,7 @@ def test_every_training_mode_equals_plain_pytorch(
         2, JOB, steps=_steps(7), stage=3, train=train, tied=tied, checkpointing=checkpointing, clip=0.0,
         gradients_of=(0, 1, 2, 3),
     )[0]  # fmt: skip
-    # Worst case measured: 8e-7
+    # Worst cases measured: losses 5.7e-7, gradients 0.084 of the bound
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=0, atol=1e-5)
     assert gradient_error(found["gradients"][0], expected["gradients"][0]) <= 1
     for name, gradient in found["gradients"][1].items():  # an all-text step directly after one with images
@@ -150,7 +153,7 @@ def test_accumulation_1x4_equals_4x1() -> None:
         for packs in (1, 2, 4)
     }
     for packs in (2, 4):
-        # Worst case measured: losses 3e-7, gradients 0.2 of the bound
+        # Worst cases measured: losses 3.3e-7, gradients 0.028 of the bound
         torch.testing.assert_close(found[packs]["losses"], found[1]["losses"], rtol=0, atol=3e-6)
         assert gradient_error(found[packs]["gradients"], found[1]["gradients"]) <= 1
 
@@ -160,16 +163,18 @@ def test_two_and_three_ranks_equal_one_with_null_packs() -> None:
     samples = [(9, 1), (7, 0), (12, 2), (5, 0), (6, 0), (8, 1), (4, 0)]
     found = {
         ranks: run_distributed(ranks, "engine/zero_jobs.py:same_samples", samples=samples, packs=7, steps=3)[0]
-        for ranks in (1, 2)
+        for ranks in (1, 2, 3)
     }
-    torch.testing.assert_close(found[2]["losses"], found[1]["losses"], rtol=0, atol=3e-6)
-    assert gradient_error(found[2]["gradients"], found[1]["gradients"]) <= 1
+    for ranks in (2, 3):
+        # Worst cases measured: losses 8.7e-8, gradients 0.036 of the bound
+        torch.testing.assert_close(found[ranks]["losses"], found[1]["losses"], rtol=0, atol=3e-6)
+        assert gradient_error(found[ranks]["gradients"], found[1]["gradients"]) <= 1
 
 
 def test_bf16_follows_fp32_and_keeps_fp32_gradients() -> None:
     found = run_distributed(2, JOB, steps=_steps(6), stage=3, precision="bf16", gradients_of=(0,))[0]
     expected = _reference_of(20, 2, "frozen", "full", False, 1.0)
-    # bf16 has 8 bits: worst case measured 9e-3 in loss over 6 steps of lr 1e-2
+    # bf16 has 8 bits: worst case measured 4.7e-3 in loss over 6 steps of lr 1e-2
     torch.testing.assert_close(found["losses"], expected["losses"][:6], rtol=0, atol=4e-2)
     kept = torch.cat([g.flatten() for g in found["gradients"][0].values()])
     assert (kept != kept.bfloat16().float()).any(), "gradients were accumulated or reduced in bf16"

@@ -54,7 +54,7 @@ def start(
     seed: int = 3,
     **zero_keys: Any,
 ) -> tuple[zero.Engine, InternVit | None, dist.World]:
-    world = dist.start(resolve_launch())
+    world = dist.start(resolve_launch(), timeout_s=240)
     modes = schema.Train.model_validate(train or {})
     dtype = DTYPES[precision]
     config = model_config(tie_word_embeddings=tied)

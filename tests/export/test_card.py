@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ def folder(license: str | None, source: str | None = None) -> dict[str, Any]:
     return {"path": "somewhere", "license": license, "source": source}
 
 
-def write(recipe: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    text = card.model_card(recipe, step=20, recipe_hash="abc", dtype="bf16")
+def write(recipe: dict[str, Any], earlier_run: dict[str, Any] | None = None) -> tuple[dict[str, Any], str]:
+    text = card.model_card(recipe, step=20, recipe_hash="abc", dtype="bf16", earlier_run=earlier_run)
     _, head, body = text.split("---\n", 2)
     return yaml.safe_load(head), body
 
@@ -63,18 +62,22 @@ def test_a_weaker_label_is_refused() -> None:
         write(make_recipe(Path("t"), **changes))
 
 
-def test_an_earlier_run_brings_its_parts_along(tmp_path: Path) -> None:
+def test_an_earlier_run_brings_its_parts_along() -> None:
+    """Two stages back, from what recipe.json recorded: the folders of the earlier runs may be gone."""
     first = make_recipe(Path("t"), **{"init_from.vision": folder("CC-BY-NC-4.0")})
     first["data"]["mixture"] = {"captions": {"path": "c.jsonl", "license": None, "source": "web"}}
-    (tmp_path / "stage1" / "step_5").mkdir(parents=True)
-    (tmp_path / "stage1" / "recipe.json").write_text(json.dumps({"format": 1, "recipe": first}))
-    run = {"path": str(tmp_path / "stage1" / "step_5"), "license": None, "source": None}
+    run = {"path": "runs/gone/step_5", "license": None, "source": None}
     second = make_recipe(Path("t"), **{"init_from.run": run})
-    _, body = write(second)
+    third = make_recipe(Path("t"), **{"init_from.run": run})
+    behind = {"path": "runs/gone/step_5", "recipe": first, "earlier_run": None}
+    earlier = {"path": "runs/second/step_9", "recipe": second, "earlier_run": behind}
+    _, body = write(third, earlier)
     assert "| data | captions | not stated in the recipe | web |" in body and "| data | digits |" in body
     assert "Research only" in body
     with pytest.raises(CheckpointError, match="allows more"):
-        write(second | {"license": "MIT"})
+        write(third | {"license": "MIT"}, earlier)
+    with pytest.raises(CheckpointError, match="is not recorded in the run's recipe"):
+        write(second)
 
 
 @pytest.mark.parametrize("name", ["CC-BY-NC-4.0", "cc-by-nc-sa-4.0", "non-commercial", "Llama research licence"])

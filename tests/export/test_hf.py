@@ -267,8 +267,9 @@ def test_export_command_verifies_and_reports(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint: Any = random_weights(recipe)
+    checkpoint.earlier_run = None
     checkpoint.recipe, checkpoint.step, checkpoint.state = recipe, 12, {"recipe_hash": "0123456789abcdef"}
-    monkeypatch.setattr("nvlm_train.checkpoint.open_checkpoint", lambda path: checkpoint)
+    monkeypatch.setattr("nvlm_train.checkpoint.open_checkpoint", lambda path, checksums: checkpoint)
     args = Namespace(
         run="runs/tiny", out=str(tmp_path / "out"), no_verify=False, dtype="bf16", max_shard_size="4GB", json=False
     )

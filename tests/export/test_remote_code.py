@@ -65,7 +65,7 @@ def processor(exported: Path) -> Any:
 
 
 @pytest.mark.parametrize("template", ["nvlm_qwen2", "hf_nvlm"])
-@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("system", [None, "", "Be brief."])
 @pytest.mark.parametrize(("thumbnail", "tags"), [(True, "one_d"), (False, "one_d"), (True, "none")])
 def test_prompts_equal_the_training_stream_token_for_token(
     tokenizer_folder: Path, template: str, system: str | None, thumbnail: bool, tags: str
@@ -115,7 +115,7 @@ def test_system_texts_of_the_templates_are_those_of_training() -> None:
 
 
 @pytest.mark.parametrize("template", ["nvlm_qwen2", "hf_nvlm"])
-@pytest.mark.parametrize("system", [None, 'It\'s "fine"\n\u00e9.'])
+@pytest.mark.parametrize("system", [None, "", 'It\'s "fine"\n\u00e9.'])
 def test_chat_template_equals_the_training_stream_for_text(
     tokenizer_folder: Path, tmp_path: Path, template: str, system: str | None
 ) -> None:

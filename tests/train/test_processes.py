@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def start(recipe: Path, out: Path, *more: str, ranks: int = 2, log: Path) -> subprocess.Popen[bytes]:
+def start(
+    recipe: Path, out: Path, *more: str, ranks: int = 2, log: Path, flags: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*torchrun, "-m", "nvlm_train", "train", str(recipe), f"output_dir={out}", *more]
+    command = [*torchrun, *flags, "-m", "nvlm_train", "train", str(recipe), f"output_dir={out}", *more]
     return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True)
 
 
@@ -62,15 +65,19 @@ def test_killed_at_a_random_point_and_resumed_equals_never_killed(inputs: Path, 
     assert validations(killed) == validations(whole)
 
 
-def test_torchrun_passes_sigterm_on_and_all_ranks_save(inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
+def test_torchrun_passes_signals_on_and_all_ranks_save(inputs: Path, tmp_path: Path, name: str) -> None:
+    """The signal goes to torchrun alone, as a batch system sends it. torchrun itself then reports 1, the ranks 0."""
     log, out = tmp_path / "log", tmp_path / "run"
-    process = start(inputs, out, "max_steps=500", "checkpoint.every_steps=500", log=log)
+    flags = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"]
+    process = start(inputs, out, "max_steps=500", "checkpoint.every_steps=500", log=log, flags=flags)
     wait_for_step(out, 3, process)
-    for rank in ranks_of(process):
-        os.kill(rank, signal.SIGTERM)
-    assert process.wait(60) == 0, log.read_text()[-3000:]
+    ranks = ranks_of(process)
+    os.kill(process.pid, getattr(signal, name))
+    process.wait(60)
     (saved,) = checkpoint.committed_steps(out)
-    assert f"stopped after step {saved} of 500: asked by SIGTERM" in log.read_text()
+    assert f"stopped after step {saved} of 500: asked by {name}" in log.read_text()
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks), "a rank was left behind"
 
 
 def test_alone_is_a_world_of_one_and_user_errors_have_no_traceback(inputs: Path, tmp_path: Path) -> None:
@@ -91,3 +98,22 @@ def test_alone_is_a_world_of_one_and_user_errors_have_no_traceback(inputs: Path,
         timeout=60,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr and "nowhere" in done.stderr
+
+
+def test_a_stopped_process_is_noticed_and_the_run_ends(inputs: Path, tmp_path: Path) -> None:
+    """SIGSTOP, as of a frozen host: the other rank waits in a collective, says where, and the job ends."""
+    log, out = tmp_path / "log", tmp_path / "run"
+    process = start(inputs, out, "max_steps=500", "distributed.hang_s=4", "validation=null", log=log)
+    wait_for_step(out, 2, process)
+    stopped = ranks_of(process)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        until = time.monotonic() + 60
+        while not (out / "stacks_rank_0.txt").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+    finally:
+        os.kill(stopped, signal.SIGKILL)  # torchrun would wait 30 s for it
+    assert process.wait(60) != 0
+    text = log.read_text()
+    assert "no step has ended for" in text and "distributed.hang_s is 4" in text
+    assert "train/loop.py" in (out / "stacks_rank_0.txt").read_text()

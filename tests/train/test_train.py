@@ -108,11 +108,36 @@ def test_validation_changes_nothing_in_training(inputs: Path, whole: Path, tmp_p
 def test_one_rank_equals_two(inputs: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(inputs, out, ranks=1) == (0, "")
-    # Worst case measured over 8 steps of lr 3e-3: 1.4e-6 in loss, 5e-6 relative in norm
+    # Worst cases measured over 8 steps of lr 3e-3: losses 1.1e-7, norms 4.4e-8 relative, validation equal
     for one, two in zip(trajectory(out), trajectory(whole), strict=True):
-        assert one == pytest.approx(two, rel=5e-5, abs=1e-5)
+        assert one == pytest.approx(two, rel=1e-6, abs=1e-6)
     for step, losses in validations(whole).items():
-        assert validations(out)[step] == pytest.approx(losses, abs=1e-5)
+        assert validations(out)[step] == pytest.approx(losses, abs=1e-6)
+
+
+def test_resumed_on_another_number_of_ranks(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    """2 ranks to step 3, 1 rank to step 6, 2 ranks to the end: the same samples, the same losses but for rounding."""
+    out = tmp_path / "elastic"
+    assert run(inputs, out, job="train_with_signal", signal_name="SIGUSR2", on_rank=0, after_step=3) == (0, "")
+    results = run_distributed(
+        1,
+        JOBS + "train_with_signal",
+        recipe=str(inputs),
+        overrides=[f"output_dir={out}", "run_name=elastic"],
+        signal_name="SIGUSR2",
+        on_rank=0,
+        after_step=3,
+    )
+    assert results == [(0, "")] and checkpoint.committed_steps(out)[-1] == 6
+    assert run(inputs, out) == (0, "")
+    for one, two in zip(steps(out), steps(whole), strict=True):
+        assert (one["samples"], one["trained_tokens"], one["tiles"]) == (
+            two["samples"],
+            two["trained_tokens"],
+            two["tiles"],
+        )
+        # Worst case measured: 1.7e-7
+        assert one["loss"] == pytest.approx(two["loss"], abs=2e-6)
 
 
 def test_two_stages_and_what_is_frozen_stays(inputs: Path, tmp_path: Path) -> None:
@@ -143,8 +168,8 @@ def test_two_stages_and_what_is_frozen_stays(inputs: Path, tmp_path: Path) -> No
 def test_bf16_trains_near_fp32(inputs: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(inputs, out, "precision=bf16") == (0, "")
-    # Worst case measured: 4e-3
-    assert [r["loss"] for r in steps(out)] == pytest.approx([r["loss"] for r in steps(whole)], abs=3e-2)
+    # Worst case measured: 7.2e-4
+    assert [r["loss"] for r in steps(out)] == pytest.approx([r["loss"] for r in steps(whole)], abs=1e-2)
 
 
 def test_early_stop_keeps_the_best(inputs: Path, tmp_path: Path) -> None:
@@ -196,6 +221,122 @@ def test_a_run_directory_of_another_recipe_is_refused_with_the_diff(inputs: Path
     assert [record["step"] for record in steps(out)] == [1, 2, 3]
 
 
+def test_a_run_of_epochs_in_steps_of_packs(inputs: Path, tmp_path: Path) -> None:
+    """Steps, warm-up and the end of the schedule are known once the data is; killed and resumed on another number of
+    ranks it takes the same steps."""
+    batch = "global_batch={samples: null, packs: 3}"
+    recipe = ["max_steps=null", "num_epochs=0.5", batch, "schedule.warmup_steps=0.25"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert run(inputs, whole, *recipe) == (0, "")
+    records = steps(whole)
+    last = len(records)
+    assert checkpoint.committed_steps(whole)[-1] == last > 3
+    rates = [record["lr"]["language_model"] for record in records]
+    assert max(rates) == pytest.approx(3e-3) == rates[round(0.25 * last) - 1]
+    assert rates[-1] == pytest.approx(3e-4)
+    assert list(validations(whole))[-1] == last
+    assert all(set(record["balance"]) == {"tokens", "tiles"} for record in records)
+    assert records[-1]["samples"] >= 45 > records[-2]["samples"]  # the fewest steps that hold half of 90 samples
+    assert all(record["balance"]["tokens"] > 1.2 for record in records)  # 3 packs on 2 ranks: a slot of 4 is empty
+    code = run(inputs, resumed, *recipe, job="train_with_signal", signal_name="SIGUSR2", on_rank=0, after_step=2)
+    assert code == (0, "")
+    state = json.loads((resumed / "step_2" / "state.json").read_text())["data"]
+    assert (state["step"], state["window"]) == (2, 0) and state["pack_in_window"] == 6
+    assert run(inputs, resumed, *recipe, ranks=3) == (0, "")
+    one, other = (torch.tensor(trajectory(out), dtype=torch.float64) for out in (whole, resumed))  # [steps, 3]
+    worst = ((one - other).abs() / one.abs()).amax(dim=0)
+    assert worst[1] < 2e-7 and worst[2] < 1e-6  # sums in another order on 3 ranks than on 2; measured 1.8e-8, 7.6e-8
+    assert [r["trained_tokens"] for r in steps(resumed)] == [r["trained_tokens"] for r in records]
+    assert run(inputs, resumed, *recipe) == (0, "")  # complete
+    code, text = run(inputs, resumed, *recipe[2:], "max_steps=null", "num_epochs=1")
+    assert code == 2 and "num_epochs: 0.5 -> 1.0 (ask)" in text
+
+
+def test_going_back_to_a_step_sets_later_ones_aside(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, "checkpoint.keep_last=5") == (0, "")
+    kept = checkpoint.committed_steps(out)
+    assert kept[0] < 6
+    code, text = run(inputs, out, "checkpoint.keep_last=5", resume="step_5")
+    assert code == 2 and "has no complete checkpoint of that step; there are: step_3" in text
+    assert run(inputs, out, "checkpoint.keep_last=5", resume=f"step_{kept[0]}") == (0, "")
+    assert trajectory(out) == trajectory(whole)
+    aside = out / "set_aside" / "1"
+    assert checkpoint.committed_steps(aside) == kept[1:]
+    assert len((aside / "metrics.jsonl").read_text().splitlines()) == len(metrics(whole))
+
+
+@pytest.mark.parametrize(
+    "change", ["data.pack_tokens=230", "data.mixture.text.weight=0.3", "tokenizer.system=Answer.", "max_steps=3"]
+)
+def test_what_is_printed_to_accept_is_all_it_takes(inputs: Path, tmp_path: Path, change: str) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, "max_steps=2") == (0, "")
+    overrides = ["max_steps=2", change]
+    code, text = run(inputs, out, *overrides)
+    assert code == 2
+    accept = text.split("--accept ")[1].split()[0]
+    assert change.startswith(accept)
+    assert run(inputs, out, *overrides, accept=[accept]) == (0, "")
+
+
+def test_a_run_of_an_older_version_goes_on(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    """State that this version does not know, and state that it misses, is neither an error nor a guess."""
+    out = tmp_path / "run"
+    assert run(inputs, out, job="train_with_signal", signal_name="SIGUSR2", on_rank=0, after_step=3) == (0, "")
+    state = out / "step_3" / "state.json"
+    content = json.loads(state.read_text())
+    content["progress"]["something_old"] = 5
+    del content["progress"]["validation_due"]
+    state.write_text(json.dumps(content))
+    assert run(inputs, out) == (0, "")
+    assert trajectory(out) == trajectory(whole)
+
+
+def test_stopped_where_it_would_validate_it_saves_first_and_validates_next_time(
+    inputs: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, job="train_with_signal", signal_name="SIGTERM", on_rank=1, after_step=4) == (0, "")
+    assert checkpoint.committed_steps(out)[-1] == 4 and validations(out) == {}
+    assert run(inputs, out) == (0, "")
+    assert validations(out) == validations(whole) and trajectory(out) == trajectory(whole)
+
+
+def test_another_validation_set_starts_a_new_best(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(inputs, out, "max_steps=4") == (0, "")
+    first = checkpoint.Checkpoint(out).state["progress"]
+    assert run(inputs, out, "max_steps=8", "validation.max_samples=2", accept=["max_steps"]) == (0, "")
+    second = checkpoint.Checkpoint(out).state["progress"]
+    assert first["best_measure"] != second["best_measure"] and second["best_step"] == 8
+    assert second["best_loss"] == validations(out)[8]["all"]
+
+
+@pytest.mark.parametrize("where", ["loading", "validation"])
+def test_an_error_on_one_rank_ends_all_with_its_cause(inputs: Path, tmp_path: Path, where: str) -> None:
+    job = JOBS + "train_with_error"
+    results = run_distributed(
+        2, job, recipe=str(inputs), overrides=[f"output_dir={tmp_path}/run"], on_rank=1, where=where
+    )
+    what = "loading data" if where == "loading" else "validation source 'held'"
+    assert results[0] == f"RuntimeError: {what} failed on rank 1: OSError: [Errno 5] Input/output error"
+    assert results[1] == "OSError: [Errno 5] Input/output error"
+
+
+def test_a_metrics_file_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+    from nvlm_train.train.metrics import MetricsFile
+
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file.write({"step": 1})
+    file._stream.close()
+    file._stream = open("/dev/full", "a")  # every write says: no space left on device
+    file.write({"step": 2})
+    file.write({"step": 3})
+    file.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+
+
 def test_changed_data_is_refused_on_resume(inputs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(inputs.parent, folder)
@@ -230,13 +371,11 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(inputs: Path, tmp_pa
     code, text = run(
         inputs, out, "optimizer.lr=1.0e+30", "optimizer.module_lr=null", "checkpoint.every_steps=1", "validation=null"
     )
-    assert (
-        code == 2
-        and "loss is" in text
-        and "nothing was saved after the last checkpoint" in text
-        and "images:" in text + "images:"
-    )
+    assert code == 2 and "loss is" in text and "nothing was saved after the last checkpoint" in text
     step = int(text.split("step ")[1].split(":")[0])
+    written = json.loads((out / "nonfinite" / f"step_{step}.json").read_text())
+    samples = [tuple(ref) for rank in written["micro_steps_by_rank"] for micro in rank for ref in micro["samples"]]
+    assert len(samples) == len(set(samples)) == 9 and {source for source, _, _ in samples} == {"images", "text"}
     assert all(saved < step for saved in checkpoint.committed_steps(out))
 
 

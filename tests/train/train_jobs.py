@@ -100,3 +100,27 @@ def train_with_broken_sink(
     finally:
         release.set()
         loop.open_sinks, metrics.SINK_PATIENCE_S = original, patience
+
+
+def train_with_error(
+    *, rank: int, world_size: int, recipe: str, overrides: Sequence[str], on_rank: int, where: str
+) -> str:
+    """Trains; the storage fails for one rank. Returns what this rank raised."""
+    from nvlm_train.train import validation
+
+    original_next, original_batches = loop.StepLoader.__next__, validation.validation_batches
+
+    def broken(*args: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    if rank == on_rank and where == "loading":
+        loop.StepLoader.__next__ = broken
+    elif rank == on_rank:
+        validation.validation_batches = broken
+    try:
+        loop.train(load_recipe(recipe, overrides))
+        return "nothing"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        loop.StepLoader.__next__, validation.validation_batches = original_next, original_batches
