@@ -158,9 +158,15 @@ def _recipe_on_ranks(parser: argparse.ArgumentParser) -> None:
     _json_flag(parser)
 
 
+def _index_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes that build an index (default: data.index_workers)"
+    )
+
+
 def _data_index_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
-    parser.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (default: 1)")
+    _index_workers(parser)
     parser.add_argument(
         "--rebuild", action="store_true", help="build anew what exists: after missing images were put in their places"
     )
@@ -173,8 +179,9 @@ def _data_lint_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", action="store_true", help="decode every image as well, as training would; takes its time"
     )
     parser.add_argument(
-        "--workers", type=_positive, default=2, metavar="N", help="processes to index, threads to decode (default: 2)"
+        "--threads", type=_positive, default=2, metavar="N", help="threads that decode images (default: 2)"
     )
+    _index_workers(parser)
     parser.add_argument(
         "--examples", type=_positive, default=3, metavar="N", help="examples of each kind of problem (default: 3)"
     )
@@ -198,9 +205,7 @@ def _data_preview_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--row", type=_whole, metavar="N", help="with --source: usable sample number N, from 0 (default: 0)"
     )
-    parser.add_argument(
-        "--samples", type=_whole, default=3, metavar="N", help="samples shown in full (default: 3)"
-    )
+    parser.add_argument("--samples", type=_whole, metavar="N", help="samples shown in full (default: 3; with --row: 1)")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page instead of text")
 
 

@@ -109,7 +109,7 @@ def draw_histograms(histograms: Sequence[Histogram], colours: dict[str, str], ti
     y += 36
     for histogram in histograms:
         scene.items += [Text(left, y, histogram.title, 14)]
-        top, bottom = y + 12, y + 12 + each
+        bottom = y + 12 + each
         totals = [sum(heights[k] for heights in histogram.layers.values()) for k in range(len(histogram.edges) - 1)]
         most = max(totals, default=0.0) or 1.0
         for share in _ticks(most):

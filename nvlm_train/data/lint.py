@@ -14,18 +14,17 @@ import time
 from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from nvlm_train.batch import SampleRef
+from nvlm_train.data.fit import OVERLONG
 from nvlm_train.data.images import BadSample
 from nvlm_train.data.index import (
-    OVERLONG,
     BadRow,
     IndexSettings,
     SourceIndex,
@@ -35,8 +34,8 @@ from nvlm_train.data.index import (
     too_bad,
 )
 from nvlm_train.data.plan import open_data
-from nvlm_train.data.sources import expand_sources, open_source
-from nvlm_train.data.tokenizer import ChatTokenizer, load_tokenizer
+from nvlm_train.data.sources import BELOW_RATING, expand_sources, open_source
+from nvlm_train.data.tokenizer import load_tokenizer
 from nvlm_train.errors import DataError
 from nvlm_train.log import get_logger
 from nvlm_train.recipe import schema
@@ -91,9 +90,31 @@ class SourceReport:
         return sum(group.count for group in self.problems)
 
 
+def expanded(recipe: schema.Recipe) -> tuple[schema.Recipe, dict[str, DataError]]:
+    """The recipe with blends replaced by what they name, and the blends that cannot be read. Raises DataError when two
+    sources have one name."""
+    failed: dict[str, DataError] = {}
+
+    def readable(sources: dict[str, schema.Source]) -> dict[str, schema.Source]:
+        found = {}
+        for name, given in sources.items():
+            data = recipe.data.model_copy(update={"mixture": {name: given}})
+            try:
+                expand_sources(recipe.model_copy(update={"data": data, "validation": None}))
+                found[name] = given
+            except DataError as error:
+                failed[name] = error
+        return found
+
+    data = recipe.data.model_copy(update={"mixture": readable(recipe.data.mixture)})
+    validation = recipe.validation
+    if validation is not None:
+        validation = validation.model_copy(update={"sources": readable(validation.sources)})
+    return expand_sources(recipe.model_copy(update={"data": data, "validation": validation})), failed
+
+
 def sources_of(recipe: schema.Recipe) -> dict[str, schema.Source]:
     """Every source that a run of this recipe reads, those of validation last."""
-    recipe = expand_sources(recipe)
     return {**recipe.data.mixture, **(recipe.validation.sources if recipe.validation else {})}
 
 
@@ -117,7 +138,13 @@ class _Opened:
 
 
 def _open(
-    name: str, given: schema.Source, settings: IndexSettings, index_dir: Path, *, rebuild: bool = False
+    name: str,
+    given: schema.Source,
+    settings: IndexSettings,
+    index_dir: Path,
+    *,
+    num_workers: int,
+    rebuild: bool = False,
 ) -> _Opened:
     """The index of one source, however bad it is; built where it is missing. Raises DataError."""
     begin = time.monotonic()
@@ -126,40 +153,20 @@ def _open(
     if rebuild:
         shutil.rmtree(folder, ignore_errors=True)
     existed = (folder / "meta.json").exists()
-    index = open_index(source, settings, index_dir, max_bad_share=1.0, rank=0, judge=False)
+    index = open_index(source, settings, index_dir, max_bad_share=1.0, rank=0, judge=False, num_workers=num_workers)
     return _Opened(index, existed, folder, time.monotonic() - begin)
 
 
-def _open_in_process(
-    recipe: schema.Recipe, name: str, given: schema.Source, index_dir: Path, rebuild: bool
-) -> tuple[bool, float] | str:
-    """For a worker: builds one index; only what is small comes back."""
-    try:
-        settings = IndexSettings.of(recipe, load_tokenizer(recipe.tokenizer.path))
-        opened = _open(name, given, settings, index_dir, rebuild=rebuild)
-        return opened.existed, opened.seconds
-    except DataError as error:
-        return str(error)
-
-
 def _open_all(
-    recipe: schema.Recipe, settings: IndexSettings, index_dir: Path, *, workers: int, rebuild: bool = False
+    recipe: schema.Recipe, settings: IndexSettings, *, num_workers: int | None, rebuild: bool = False
 ) -> dict[str, _Opened | DataError]:
-    """The indexes of all sources, or why one has none; `workers` sources at a time."""
-    given = sources_of(recipe)
-    built: dict[str, tuple[bool, float]] = {}
-    if workers > 1 and len(given) > 1:
-        with ProcessPoolExecutor(min(workers, len(given)), mp_context=get_context("spawn")) as pool:
-            jobs = {n: pool.submit(_open_in_process, recipe, n, s, index_dir, rebuild) for n, s in given.items()}
-            done = {name: job.result() for name, job in _progress(jobs.items(), "index", len(jobs), "source")}
-        built = {name: result for name, result in done.items() if not isinstance(result, str)}
-        rebuild = False
+    """The indexes of all sources of an expanded recipe, or why one has none."""
+    workers = recipe.data.index_workers if num_workers is None else num_workers
+    index_dir = index_dir_of(recipe)
     opened: dict[str, _Opened | DataError] = {}
-    for name, source in given.items():
+    for name, given in sources_of(recipe).items():
         try:
-            one = _open(name, source, settings, index_dir, rebuild=rebuild)
-            existed, seconds = built.get(name, (one.existed, one.seconds))
-            opened[name] = _Opened(one.index, existed, one.folder, seconds)
+            opened[name] = _open(name, given, settings, index_dir, num_workers=workers, rebuild=rebuild)
         except DataError as error:
             opened[name] = error
     return opened
@@ -167,11 +174,12 @@ def _open_all(
 
 def index_command(args: Namespace) -> int:
     """`data index`: builds the index of every source, says which were there already; 2 when training would refuse."""
-    recipe = load_recipe(args.recipe, args.overrides).recipe
+    recipe, failed = expanded(load_recipe(args.recipe, args.overrides).recipe)
     settings = IndexSettings.of(recipe, load_tokenizer(recipe.tokenizer.path))
     index_dir = index_dir_of(recipe)
-    opened = _open_all(recipe, settings, index_dir, workers=args.workers, rebuild=args.rebuild)
-    rows, refused = [], []
+    opened = {**failed, **_open_all(recipe, settings, num_workers=args.workers, rebuild=args.rebuild)}
+    rows: list[dict[str, Any]] = []
+    refused: list[str] = []
     for name, one in opened.items():
         if isinstance(one, DataError):
             refused.append(str(one))
@@ -209,7 +217,7 @@ def index_command(args: Namespace) -> int:
     print(table(cells))
     print(f"\nin {index_dir}")
     if refused:
-        raise DataError("\n".join(refused))
+        raise DataError("\n".join(printable(line) for problem in refused for line in problem.splitlines()))
     return 0
 
 
@@ -229,7 +237,7 @@ def table(cells: Sequence[Sequence[str]], left: int = 2) -> str:
 def lint_command(args: Namespace) -> int:
     """`data lint`: every problem of every source; 0 when there is none, 2 otherwise."""
     recipe = load_recipe(args.recipe, args.overrides).recipe
-    reports = lint(recipe, images=args.images, workers=args.workers, examples=args.examples)
+    reports = lint(recipe, images=args.images, threads=args.threads, index_workers=args.workers, examples=args.examples)
     found = sum(report.num_problems for report in reports)
     if args.json:
         print(json.dumps({"ok": not found, "problems": found, "sources": [asdict(r) for r in reports]}, indent=2))
@@ -239,41 +247,51 @@ def lint_command(args: Namespace) -> int:
 
 
 def lint(
-    recipe: schema.Recipe, *, images: bool = False, workers: int = 1, examples: int = 3
+    recipe: schema.Recipe,
+    *,
+    images: bool = False,
+    threads: int = 2,
+    index_workers: int | None = None,
+    examples: int = 3,
 ) -> list[SourceReport]:
     """Looks through all sources. Raises DataError only for what they share (the tokenizer)."""
     tokenizer = load_tokenizer(recipe.tokenizer.path)
+    recipe, failed = expanded(recipe)
     settings = IndexSettings.of(recipe, tokenizer)
-    opened = _open_all(recipe, settings, index_dir_of(recipe), workers=workers)
-    reports = []
+    opened = _open_all(recipe, settings, num_workers=index_workers)
+    reports = [_unreadable(name, error) for name, error in failed.items()]
     with tempfile.TemporaryDirectory(prefix="nvlm-lint-") as scratch:
         for name, given in sources_of(recipe).items():
-            report = SourceReport(name, given.path)
-            reports.append(report)
             one = opened[name]
             if isinstance(one, DataError):
-                report.refused = str(one)
-                report.problems.append(Group("cannot be read", 1, [Example(given.path, str(one))]))
+                reports.append(_unreadable(name, one, given.path))
                 continue
+            report = SourceReport(name, given.path)
+            reports.append(report)
             look_in = recipe
             if one.existed and any("image" in reason for reason in one.index.dropped):
                 # Images are no part of the key: what was missing then may be there now.
                 data = recipe.data.model_copy(update={"index_dir": scratch})
                 look_in = recipe.model_copy(update={"data": data})
                 then = one.index.num_bad
-                one = _open(name, given, settings, Path(scratch))
+                one = _open(name, given, settings, Path(scratch), num_workers=0)
                 if one.index.num_bad != then:
                     report.notes.append(
                         f"its index counts {then} bad samples, today there are {one.index.num_bad}: images have "
                         "changed since; `data index --rebuild` takes them in"
                     )
-            index = opened_index = one.index
-            _from_index(report, opened_index, settings, recipe.data, examples)
+            index = one.index
+            _from_index(report, index, settings, recipe.data, examples)
             if images and index.rows["tiles"].any():
-                _decode(report, index, look_in, given, workers, examples)
+                _decode(report, index, look_in, given, threads, examples)
             report.refused = report.refused or too_bad(index, settings, recipe.data.max_bad_share)
         _doubles(reports, {n: o.index for n, o in opened.items() if not isinstance(o, DataError)}, recipe)
     return reports
+
+
+def _unreadable(name: str, error: DataError, path: str = "") -> SourceReport:
+    problem = Group("cannot be read", 1, [Example(path or name, str(error))])
+    return SourceReport(name, path, problems=[problem], refused=str(error))
 
 
 def _from_index(
@@ -293,13 +311,15 @@ def _from_index(
                 f"{count:,} longer than data.max_tokens_per_sample {settings.max_tokens}, dropped "
                 f"(data.overlong: {data.overlong}){first}"
             )
+        elif reason == BELOW_RATING:
+            report.notes.append(f"{count:,} left out, because no pair has the ratings of min_ratings")
         else:
             report.problems.append(Group(reason, count, shown))
-    lowered = int(index.rows["lowered"].sum())
-    if lowered:
-        report.notes.append(
-            f"{lowered:,} cut into fewer tiles to fit data.max_tokens_per_sample {settings.max_tokens}"
-        )
+    limit = f"to fit data.max_tokens_per_sample {settings.max_tokens}"
+    if index.fewer_tiles:
+        report.notes.append(f"{index.fewer_tiles:,} cut into fewer tiles {limit}")
+    if index.truncated:
+        report.notes.append(f"{index.truncated:,} lose text at their end {limit}")
     untrained = int((index.rows["trained"] == 0).sum())
     if untrained:
         report.notes.append(f"{untrained:,} have no trained token")
@@ -310,13 +330,15 @@ def _decode(
     index: SourceIndex,
     recipe: schema.Recipe,
     given: schema.Source,
-    workers: int,
+    threads: int,
     examples: int,
 ) -> None:
     """Loads every sample with an image as training would, and groups what fails."""
-    alone = recipe.model_copy(
-        update={"data": recipe.data.model_copy(update={"mixture": {report.name: given}}), "validation": None}
-    )
+    # A run of one step over this source: nothing but `load` is asked of its plan.
+    data = recipe.data.model_copy(update={"mixture": {report.name: given}, "pack_tiles": None})
+    length = {"max_steps": 1, "max_samples": None, "max_tokens": None, "num_epochs": None}
+    step = schema.GlobalBatch(samples=1)
+    alone = recipe.model_copy(update={"data": data, "validation": None, "global_batch": step, **length})
     plan = open_data(alone, rank=0, world_size=1, judge=False)
 
     def problem_of(row: int) -> tuple[int, BadSample] | None:
@@ -329,7 +351,7 @@ def _decode(
     rows = np.flatnonzero(index.rows["tiles"] > 0)
     report.images = len(rows)
     groups: dict[str, Group] = {}
-    results = in_threads(problem_of, rows.tolist(), workers)
+    results = in_threads(problem_of, rows.tolist(), threads)
     for found in _progress(results, f"decode {report.name}", len(rows), "sample"):
         if found is None:
             continue
@@ -362,9 +384,7 @@ def _doubles(reports: Sequence[SourceReport], indexes: dict[str, SourceIndex], r
                 report.notes.append(f"{shared:,} are trained on as well, in source {other!r}: validation is not apart")
 
 
-def in_threads(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int
-) -> Iterator[Result]:
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """`map` with threads, in order, with a bounded number of items on their way."""
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="nvlm-lint") as threads:
@@ -389,7 +409,7 @@ def _lines(reports: Sequence[SourceReport], images: bool) -> list[str]:
     lines: list[str] = []
     for report in reports:
         decoded = f", images of {report.images:,} decoded" if images else ""
-        lines.append(f"{report.name}  {report.path}: {report.samples:,} of {report.lines:,} lines usable{decoded}")
+        lines.append(f"{report.name}  {report.path}: {report.samples:,} of {report.lines:,} records usable{decoded}")
         for group in report.problems:
             lines.append(f"  {group.count:>7,}  {group.reason}")
             lines += [f"           {printable(f'{item.where}: {item.message}')}" for item in group.examples]
@@ -404,7 +424,8 @@ def _lines(reports: Sequence[SourceReport], images: bool) -> list[str]:
         more = "" if images else " that can be seen without decoding images (--images does that)"
         lines.append(f"no problem in {len(reports)} sources{more}")
         return lines
-    lines.append(f"{sum(counts.values()):,} problems in {len(counts)} of {len(reports)} sources")
+    total = sum(counts.values())
+    lines.append(f"{total:,} problem{'s' * (total > 1)} in {len(counts)} of {len(reports)} sources")
     lines += [
         f"training would refuse {printable(report.refused.splitlines()[0])}" for report in reports if report.refused
     ]

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_train.data import charts
-from nvlm_train.data.index import OVERLONG
+from nvlm_train.data.fit import OVERLONG
 from nvlm_train.data.lint import table
 from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.errors import DataError
@@ -54,15 +54,15 @@ def stats(plan: DataPlan, num_steps: int = 32) -> dict[str, Any]:
     """All figures as plain values; `num_steps` steps of the run are packed and dealt out."""
     seek = measure_seek(plan)  # first, while nothing is kept yet
     packing = measure_packing(plan, num_steps)
-    run_steps = steps_of_run(plan)
-    drawn = run_steps * packing["samples_per_step"]["mean"]
-    shares = {name: float(share) for name, share in zip(plan.mixture.names, plan.mixture.shares, strict=True)}
+    run_steps = plan.num_steps
+    drawn = dict(zip(plan.mixture.names, plan.mixture.drawn(plan.num_samples), strict=True))
+    shares = shares_of_run(plan)
     trained = {name: shares[name] * _mean(plan, name, "trained") for name in shares}
     tokens = {name: shares[name] * _mean(plan, name, "tokens") for name in shares}
     sources: dict[str, Any] = {}
     for name in plan.mixture.names:
         rows = plan.indexes[name].rows[plan.train_rows[name]]
-        dropped = plan.indexes[name].dropped
+        dropped = {reason: count for (n, reason), count in plan.dropped_at_index.items() if n == name}
         sources[name] = {
             "path": str(plan.indexes[name].path),
             "samples": len(rows),
@@ -73,16 +73,17 @@ def stats(plan: DataPlan, num_steps: int = 32) -> dict[str, Any]:
             "share_of_samples": shares[name],
             "share_of_tokens": tokens[name] / sum(tokens.values()),
             "share_of_trained_tokens": trained[name] / (sum(trained.values()) or 1.0),
-            "samples_drawn": drawn * shares[name],
-            "epochs": drawn * shares[name] / len(rows),
+            "samples_drawn": drawn[name],
+            "epochs": drawn[name] / len(rows),
             "over_long": dropped.get(OVERLONG, 0),
             "dropped": {reason: count for reason, count in dropped.items() if reason != OVERLONG},
             "fewer_tiles": plan.fewer_tiles.get(name, 0),
+            "truncated": plan.truncated.get(name, 0),
         }
     weights = [
         np.full(len(plan.train_rows[name]), shares[name] / len(plan.train_rows[name])) for name in plan.mixture.names
     ]
-    counts = ("samples", "held_out", *COLUMNS, "with_images", "over_long", "fewer_tiles", "samples_drawn")
+    counts = ("samples", "held_out", *COLUMNS, "with_images", "over_long", "fewer_tiles", "truncated", "samples_drawn")
     everything: dict[str, Any] = {key: sum(source[key] for source in sources.values()) for key in counts}
     everything["dropped"] = dict(sum((Counter(source["dropped"]) for source in sources.values()), Counter()))
     everything["per_sample"] = {
@@ -100,9 +101,10 @@ def stats(plan: DataPlan, num_steps: int = 32) -> dict[str, Any]:
     }
 
 
-def steps_of_run(plan: DataPlan) -> int:
-    """Optimizer steps of the run."""
-    return plan.recipe.max_steps
+def shares_of_run(plan: DataPlan) -> dict[str, float]:
+    """Each source's share of all samples that the run draws; where epochs are limited it is not that of the weights."""
+    drawn = plan.mixture.drawn(plan.num_samples)
+    return {name: count / sum(drawn) for name, count in zip(plan.mixture.names, drawn, strict=True)}
 
 
 def _column(plan: DataPlan, name: str, column: str) -> NDArray[np.int64]:
@@ -144,7 +146,7 @@ def measure_packing(plan: DataPlan, num_steps: int) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    run_steps = steps_of_run(plan)
+    run_steps = plan.num_steps
     chosen = sorted({run_steps * k // num_steps for k in range(min(num_steps, run_steps))})
     samples, packs, micro_steps, tokens, tiles = [], [], [], [], []
     padded = 0
@@ -190,13 +192,16 @@ def _range(values: Sequence[int]) -> dict[str, float]:
 
 
 def measure_seek(plan: DataPlan) -> dict[str, float]:
-    """Milliseconds to all packs of a step that nobody has asked for before: the first, and one at position 10^9."""
-    found = {}
-    for label, step in (("position_0", 0), ("position_1e9", FAR // plan.recipe.global_batch.samples)):
-        begin = time.perf_counter()
-        plan.plan_step(step)
-        found[label] = round(1e3 * (time.perf_counter() - begin), 3)
-    return found
+    """Milliseconds to all packs of a step that nobody has asked for before: the first, and one far away, at position
+    10^9 of the order (where steps are packs or sources have a limit of epochs: the last of the run)."""
+    begin = time.perf_counter()
+    first = plan.plan_step(0)
+    found = {"first": round(1e3 * (time.perf_counter() - begin), 3)}
+    limited = plan.recipe.global_batch.packs is not None or plan.mixture.length is not None
+    step = plan.num_steps - 1 if limited else FAR // sum(len(pack.samples) for pack in first)
+    begin = time.perf_counter()
+    plan.plan_step(step)
+    return {**found, "far": round(1e3 * (time.perf_counter() - begin), 3)}
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -205,10 +210,12 @@ def measure_seek(plan: DataPlan) -> dict[str, float]:
 def tables(found: Mapping[str, Any]) -> list[str]:
     """The figures for a reader."""
     sources = found["sources"]
-    cells = [["source", "samples", "tokens", "trained", "tiles", "held out", "over-long", "fewer tiles", "bad"]]
+    cells = [
+        ["source", "samples", "tokens", "trained", "tiles", "held out", "over-long", "fewer tiles", "cut text", "bad"]
+    ]
     for name, one in [*sources.items(), ("all", found["all"])]:
         bad = sum(one["dropped"].values())
-        numbers = [one[key] for key in ("samples", *COLUMNS, "held_out", "over_long", "fewer_tiles")]
+        numbers = [one[key] for key in ("samples", *COLUMNS, "held_out", "over_long", "fewer_tiles", "truncated")]
         cells.append([name, *(f"{number:,}" for number in numbers), f"{bad:,}"])
     lines = ["what the sources hold", "", *_indented(table(cells, left=1)), ""]
 
@@ -254,7 +261,7 @@ def tables(found: Mapping[str, Any]) -> list[str]:
         f"  {'balance':<22}{packing['utilisation']:.1%} predicted: the mean rank's cost over the costliest's "
         f"(tiles alone {packing['tile_utilisation']:.1%})",
         f"  {'planning':<22}{packing['us_per_sample']:.0f} µs a sample; to the packs of a step at "
-        f"position 0 {seek['position_0']:.0f} ms, at 1e9 {seek['position_1e9']:.0f} ms",
+        f"position 0 {seek['first']:.0f} ms, far away {seek['far']:.0f} ms",
     ]
     if found["validation"]:
         held = ", ".join(f"{name} {count:,}" for name, count in found["validation"].items())
@@ -280,10 +287,10 @@ def histograms(plan: DataPlan) -> list[charts.Histogram]:
         values = {name: _column(plan, name, column) for name in plan.mixture.names}
         least, most = min(int(v.min()) for v in values.values()), max(int(v.max()) for v in values.values())
         width = max(1, -(-(most - least + 1) // 48))
-        edges = np.arange(least, most + width + 1, width)
+        edges = np.arange(least, most + width + 1, width).tolist()
         layers = {
-            name: (float(share) * np.histogram(values[name], bins=edges)[0] / len(values[name])).tolist()
-            for name, share in zip(plan.mixture.names, plan.mixture.shares, strict=True)
+            name: (share * np.histogram(values[name], bins=edges)[0] / len(values[name])).tolist()
+            for name, share in shares_of_run(plan).items()
         }
         found.append(charts.Histogram(title, column if column != "trained" else "trained tokens", edges, layers))
     return found
@@ -291,7 +298,9 @@ def histograms(plan: DataPlan) -> list[charts.Histogram]:
 
 def _write_plot(plan: DataPlan, found: Mapping[str, Any], path: Path) -> None:
     colours = source_colours(plan.mixture.names)
-    scene = charts.draw_histograms(histograms(plan), colours, f"{plan.recipe.run_name}: what a sample of a step is like")
+    scene = charts.draw_histograms(
+        histograms(plan), colours, f"{plan.recipe.run_name}: what a sample of a step is like"
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".png":
@@ -301,7 +310,9 @@ def _write_plot(plan: DataPlan, found: Mapping[str, Any], path: Path) -> None:
         else:
             path.write_text(_page(plan, found, charts.svg(scene)), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"--plot {path}: cannot be written ({error.strerror}); name a file in a folder of yours") from error
+        raise DataError(
+            f"--plot {path}: cannot be written ({error.strerror}); name a file in a folder of yours"
+        ) from error
 
 
 def source_colours(names: Sequence[str]) -> dict[str, str]:

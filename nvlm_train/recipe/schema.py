@@ -404,8 +404,8 @@ class Data(Section):
     overlong: Literal["drop", "truncate_text", "fewer_tiles", "error"] = key(
         "fewer_tiles",
         doc="A sample longer than max_tokens_per_sample: drop it; cut off text at its end, as far as its last image "
-        "and something to train on stay whole; cut its images into fewer tiles (8, 6, 4, 2, 1) and drop it only when "
-        "that is not enough; or stop. Never cut through an image.",
+        "and something to train on stay whole; cut its images into fewer tiles (8, 6, 4, 2, 1) and drop it only "
+        "when that is not enough; or stop. Never cut through an image.",
         resume="ask",
     )
     decode: Literal["exact", "fast"] = key(
