@@ -12,10 +12,11 @@ Legend of the shape letters used in every comment of this package:
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the loader process lays batches out without torch: it starts in half a second and stays small
+    import torch
+    from torch import Tensor
 
 IGNORE_INDEX = -100  # a label that carries no loss
 
@@ -43,6 +44,7 @@ class Batch:
     num_trained_tokens: how many labels differ from IGNORE_INDEX.
     num_tile_chunks: how often every rank runs a tower that lives inside the engine in this micro-step.
     samples: the draws in this batch, dropped ones left out.
+    tile_hashes: a hash of the pixels of each tile, T of them, or none where nothing asks for them.
     """
 
     input_ids: Tensor
@@ -55,6 +57,7 @@ class Batch:
     num_trained_tokens: int
     num_tile_chunks: int = 0
     samples: tuple[SampleRef, ...] = field(default=())
+    tile_hashes: tuple[bytes, ...] = field(default=())
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device` (copied without waiting where the memory is pinned)."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +21,13 @@ from numpy.typing import NDArray
 
 from nvlm_train.batch import SampleRef
 from nvlm_train.data import chat, packing, tiling
-from nvlm_train.data.images import BadSample, open_image
-from nvlm_train.data.index import IndexSettings, SourceIndex, line_hash, open_index
+from nvlm_train.data.fit import shorten
+from nvlm_train.data.images import AUGMENTATIONS, BadSample, open_image
+from nvlm_train.data.index import IndexSettings, SourceIndex, index_dir_of, open_index
 from nvlm_train.data.mixture import Draws, Mixture
 from nvlm_train.data.packing import Balance, Pack
-from nvlm_train.data.sources import JsonlSource, parse_line
+from nvlm_train.data.slow import SlowReads
+from nvlm_train.data.sources import Source, expand_sources, open_source
 from nvlm_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm_train.data.windows import (
     Column,
@@ -97,7 +100,7 @@ class DataPlan:
 
     train_rows, held_out: rows of each mixture source's index on either side of validation.held_out_share.
     dropped_at_index: (source, reason) -> lines left out, over-long ones too.
-    fewer_tiles: samples of each source that keep all images but in fewer tiles.
+    fewer_tiles: samples of each source that keep all images but in fewer tiles. truncated: whose text is cut.
     """
 
     recipe: schema.Recipe
@@ -105,7 +108,7 @@ class DataPlan:
     world_size: int
     tokenizer: ChatTokenizer
     settings: IndexSettings
-    sources: Mapping[str, JsonlSource]
+    sources: Mapping[str, Source]
     indexes: Mapping[str, SourceIndex]
     mixture: Mixture
     train_rows: Mapping[str, NDArray[np.int64]]
@@ -115,6 +118,7 @@ class DataPlan:
     steps: Steps
     dropped_at_index: dict[tuple[str, str], int] = field(default_factory=dict)
     fewer_tiles: dict[str, int] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
     _dealt: dict[int, list[list[list[Pack]]]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -267,24 +271,39 @@ class DataPlan:
         most = max(sum(item.tiles for item in packs) for packs in ranks)
         return -(-most // self.recipe.vision_tiles_per_chunk)
 
-    def load(self, ref: SampleRef) -> LoadedSample:
-        """Reads, renders and decodes one sample. Raises BadSample."""
+    def load(
+        self,
+        ref: SampleRef,
+        out: NDArray[np.uint8] | None = None,
+        augment: bool = False,
+        watch: SlowReads | None = None,
+    ) -> LoadedSample:
+        """Reads, renders and decodes one sample. Raises BadSample.
+
+        out: u8[row's tiles, 3, px, px] that the tiles are written to. augment: whether data.augment applies.
+        watch: told of every read, so that a slow one can be named.
+        """
         index, source, settings = self.indexes[ref.source], self.sources[ref.source], self.settings
+        watch = watch or SlowReads(math.inf)
         row = index.rows[ref.row]
-        data = source.read(int(row["offset"]), int(row["num_bytes"]))
-        if line_hash(data) != int(row["hash"]):
-            raise BadSample("changed file", "the line has changed since it was indexed; start again to index it anew")
-        sample = parse_line(data)
-        tiles = [
-            tiling.cut(
-                open_image(source.image_path(image), image),
-                int(row["max_tiles"]),
-                settings.tile_size,
-                settings.tiling.thumbnail,
+        with watch.reading(index.where(ref.row)):
+            sample = source.sample(row)
+        tiles: list[NDArray[np.uint8]] = []
+        for image in sample.images:
+            with watch.reading(image.path or image.name):
+                data = image.read()
+            pixels = open_image(data, image.name, settings.images)
+            if augment and self.recipe.data.augment != "none":
+                alter = AUGMENTATIONS[self.recipe.data.augment]
+                pixels = alter(pixels, self.recipe.seed, ref.source, ref.row, ref.epoch)
+            free = None if out is None else out[sum(len(t) for t in tiles) :]
+            fast = self.recipe.data.decode == "fast"
+            tiles.append(
+                tiling.cut(pixels, int(row["max_tiles"]), settings.tile_size, settings.tiling.thumbnail, fast, free)
             )
-            for image in sample.images
-        ]
         rendered = chat.join(settings.lay_out(sample, [len(t) for t in tiles]), settings.tokenizer.encode)
+        if settings.overlong == "truncate_text":
+            rendered = shorten(rendered, settings.max_tokens)
         if len(rendered.tile_starts) != row["tiles"] or len(rendered.input_ids) != row["tokens"]:
             raise BadSample(
                 "changed image",
@@ -294,11 +313,12 @@ class DataPlan:
         return LoadedSample(ref, rendered, tiles)
 
 
-def open_data(recipe: schema.Recipe, *, rank: int, world_size: int) -> DataPlan:
+def open_data(recipe: schema.Recipe, *, rank: int, world_size: int, judge: bool = True) -> DataPlan:
     """Reads the tokenizer, indexes the sources (rank 0; others wait) and fixes the order.
 
-    Raises DataError with every problem of every source.
+    Raises DataError with every problem of every source; with `judge=False` (to look, not to train) bad lines are none.
     """
+    recipe = expand_sources(recipe)
     tokenizer = load_tokenizer(recipe.tokenizer.path)
     rows_of_embedding = recipe.model.language_model.vocab_size
     if tokenizer.vocab_size > rows_of_embedding:
@@ -308,15 +328,16 @@ def open_data(recipe: schema.Recipe, *, rank: int, world_size: int) -> DataPlan:
         )
     settings = IndexSettings.of(recipe, tokenizer)
     validation = recipe.validation
-    index_dir = Path(recipe.data.index_dir) if recipe.data.index_dir else Path(recipe.output_dir) / "data_index"
-    sources: dict[str, JsonlSource] = {}
+    index_dir = index_dir_of(recipe)
+    sources: dict[str, Source] = {}
     indexes: dict[str, SourceIndex] = {}
     problems: list[str] = []
     for name, given in {**recipe.data.mixture, **(validation.sources if validation else {})}.items():
         try:
-            source = JsonlSource(name, given)
+            source = open_source(name, given)
             begin = time.monotonic()
-            indexes[name] = open_index(source, settings, index_dir, max_bad_share=recipe.data.max_bad_share, rank=rank)
+            share = recipe.data.max_bad_share
+            indexes[name] = open_index(source, settings, index_dir, max_bad_share=share, rank=rank, judge=judge)
             sources[name] = source
         except DataError as error:
             problems.append(str(error))
@@ -371,9 +392,8 @@ def open_data(recipe: schema.Recipe, *, rank: int, world_size: int) -> DataPlan:
         windows=order,
         steps=_steps(recipe, order, settings, indexes, train_rows, index_dir, rank),
         dropped_at_index=dropped,
-        fewer_tiles={
-            n: int(index.rows["lowered"].sum()) for n, index in indexes.items() if index.rows["lowered"].any()
-        },
+        fewer_tiles={n: index.fewer_tiles for n, index in indexes.items() if index.fewer_tiles},
+        truncated={n: index.truncated for n, index in indexes.items() if index.truncated},
     )
 
 
@@ -442,12 +462,14 @@ def _report(index: SourceIndex, index_dir: Path, seconds: float) -> None:
     log.info("source %r: %d samples of %d lines (index %.1f s)", index.name, len(index.rows), index.num_lines, seconds)
     for reason, count in sorted(index.dropped.items()):
         first = next((row for row in index.bad if row.reason == reason), None)
-        where = f", first {index.path}:{first.line}: {first.message}" if first else ""
+        where = f", first {first.where}: {first.message}" if first else ""
         log.warning("source %r: %d dropped as %s%s", index.name, count, reason, where)
     if index.num_bad:
         folder = index_dir / f"{index.name}-{index.key}"
         log.warning(
             "source %r: the dropped lines are in %s; delete that folder to look again", index.name, folder / "meta.json"
         )
-    if index.rows["lowered"].any():
-        log.info("source %r: %d samples cut into fewer tiles to fit", index.name, int(index.rows["lowered"].sum()))
+    if index.fewer_tiles:
+        log.info("source %r: %d samples cut into fewer tiles to fit", index.name, index.fewer_tiles)
+    if index.truncated:
+        log.info("source %r: %d samples lose text at their end to fit", index.name, index.truncated)

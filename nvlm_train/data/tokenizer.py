@@ -50,6 +50,11 @@ class ChatTokenizer:
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = fingerprint
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # Lost in pickling (on the way to the loader process); without it a text could hold control tokens.
+        self._tokenizer.encode_special_tokens = True
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; no control token comes out of it, whatever it says."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)

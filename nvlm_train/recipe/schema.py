@@ -276,17 +276,97 @@ class Tiling(Section):
         "one_d",
         doc="one_d: <tile_k> before each tile, <tile_global_thumbnail> before the last. none: image tokens only.",
     )
+    max_tiles_per_sample: int | None = key(
+        None,
+        doc="Most tiles of all images of a sample together, thumbnails counted (documents of many pages): all its "
+        "images get the largest tile maximum that keeps within it. Default: no such limit.",
+        ge=1,
+        le=65535,
+        resume="ask",
+    )
+
+
+class Columns(Section):
+    """What a source calls its fields, where it is not what we call them. In tars: a member's extension, or a place in
+    one: `txt`, `json[caption]`, `json[0][value]`, `jpg,png` (the first that is there)."""
+
+    messages: str | None = key(None, doc="Conversation; else messages or conversations.", resume="ask")
+    role: str | None = key(None, doc="A turn's role; else role or from.", resume="ask")
+    content: str | None = key(None, doc="A turn's content; else content or value.", resume="ask")
+    texts: str | None = key(
+        None, doc="Pairs of user and assistant (the_cauldron, FineVision); else texts.", resume="ask"
+    )
+    images: str | None = key(None, doc="Image or list of images; else image or images.", resume="ask")
+    system: str | None = key(None, doc="A row's system text; else system.", resume="ask")
+    question: str | None = key(None, doc="Question; else question.", resume="ask")
+    choices: str | None = key(None, doc="Options of a multiple-choice question; else choices.", resume="ask")
+    answer: str | None = key(
+        None,
+        doc="Answer, or a list of which one is chosen by the sample's hash; with choices its number from 0, its letter "
+        "or its text; else answer or answers.",
+        resume="ask",
+    )
+    caption: str | None = key(None, doc="Caption; else caption, or text beside an image.", resume="ask")
+    text: str | None = key(None, doc="A plain text that is trained as a whole; else text.", resume="ask")
+
+
+class Ratings(Section):
+    """Least ratings of the pairs of a FineVision row; pairs below are left out, unrated ones stay."""
+
+    relevance: int | None = key(None, doc="Least of relevance_ratings.", resume="ask")
+    image_correspondence: int | None = key(None, doc="Least of image_correspondence_ratings.", resume="ask")
+    visual_dependency: int | None = key(None, doc="Least of visual_dependency_ratings.", resume="ask")
+    formatting: int | None = key(None, doc="Least of formatting_ratings.", resume="ask")
 
 
 class Source(Section):
-    """One source of the mixture: a file of conversations."""
+    """One source of the mixture."""
 
-    kind: Literal["jsonl"] = key(
-        "jsonl", doc="jsonl: one sample a line, with `messages` or `conversations`.", resume="ask"
+    kind: Literal["jsonl", "json", "internvl", "hf", "webdataset", "energon", "text"] = key(
+        "jsonl",
+        doc="jsonl: one sample a line, with `messages` or `conversations`. json: one array of them. internvl: a meta "
+        "file; each of its annotations becomes a source. hf: parquet files or a folder of save_to_disk. webdataset: "
+        "tars. energon: a blend; each of its data sets becomes a source. text: plain texts (.txt; {text} in .jsonl, "
+        ".json or .parquet), trained as a whole and ended by <|endoftext|>.",
+        resume="ask",
     )
-    path: str = key(doc="The file.", path=True, resume="free")
+    path: str = key(
+        doc="File, folder, glob, files by braces (a-{000..010}.tar), or a URL that fsspec knows (s3://, gs://, http://).",
+        path=True,
+        resume="free",
+    )
     image_root: str | None = key(
         None, doc="Folder that image paths are relative to; default: the file's own folder.", path=True, resume="free"
+    )
+    columns: Columns | None = key(None, doc="What the source calls its fields; absent: as we do.", resume="ask")
+    roles: dict[str, Literal["user", "assistant", "system"]] = key(
+        {}, doc="Roles beside user, human, assistant, gpt, system: {observation: user}.", resume="ask"
+    )
+    system: str | None = key(None, doc="System text of rows that bring none; default: tokenizer.system.", resume="ask")
+    train_on: Literal["all_turns", "last_turn"] = key(
+        "all_turns",
+        doc="Assistant turns that are trained on; a message with `loss: false` never is.",
+        resume="ask",
+    )
+    prompt: Literal["caption", "vqa", "ocr", "document", "multiple_choice"] | None = key(
+        None,
+        doc="Wording of the request, one of several by the sample's hash. caption, ocr, document: for images with a "
+        "text but no question (default: caption). vqa: asks for a short answer. multiple_choice: needs `choices`.",
+        resume="ask",
+    )
+    min_ratings: Ratings | None = key(None, doc="FineVision: least ratings; absent: all pairs.", resume="ask")
+    split: str = key("train", doc="Split of a saved DatasetDict, of an Energon folder or blend.", resume="ask")
+    max_samples: int | None = key(
+        None, doc="Only the first so many usable samples, for a quick trial; default: all.", gt=0, resume="ask"
+    )
+    max_tiles: int | None = key(
+        None, doc="Tile maximum of this source's images; default: data.tiling.max_tiles.", ge=1, le=12, resume="ask"
+    )
+    max_tiles_shared: bool = key(
+        False,
+        doc="Whether a sample's images share the tile maximum, each getting max(1, max_tiles // images), as InternVL "
+        "does.",
+        resume="ask",
     )
     weight: Number = key(
         1.0, doc="Share of samples (or of tokens: data.weight_unit), relative to the other sources.", gt=0, resume="ask"
@@ -321,21 +401,74 @@ class Data(Section):
         gt=0,
         resume="ask",
     )
-    overlong: Literal["drop", "fewer_tiles", "error"] = key(
+    overlong: Literal["drop", "truncate_text", "fewer_tiles", "error"] = key(
         "fewer_tiles",
-        doc="A sample longer than max_tokens_per_sample: drop it; cut its images into fewer tiles (8, 6, 4, 2, 1) and "
-        "drop it only when that is not enough; or stop. Never cut through an image.",
+        doc="A sample longer than max_tokens_per_sample: drop it; cut off text at its end, as far as its last image "
+        "and something to train on stay whole; cut its images into fewer tiles (8, 6, 4, 2, 1) and drop it only "
+        "when that is not enough; or stop. Never cut through an image.",
+        resume="ask",
+    )
+    decode: Literal["exact", "fast"] = key(
+        "exact",
+        doc="exact: Pillow's bicubic, the reference's pixels bit by bit. fast: torch's bicubic on the same decoded "
+        "image, about twice as fast; 2 % of the pixels differ by one, which is less than rounding to bf16 does.",
+        resume="ask",
+    )
+    exif: Literal["ignore", "apply"] = key(
+        "ignore",
+        doc="Turning marks of cameras: ignore them, as the reference does, or turn the picture upright.",
+        resume="ask",
+    )
+    alpha: Literal["ignore", "white"] = key(
+        "ignore",
+        doc="Transparent pixels: ignore shows the colour stored beneath, mostly black, as the reference does; white "
+        "lays the picture on white paper.",
+        resume="ask",
+    )
+    sixteen_bit: Literal["clip", "scale"] = key(
+        "clip",
+        doc="Grey pictures of 16 bits or more: clip cuts off at 255, as the reference does, which turns most of them "
+        "white; scale brings 0..65535 to 0..255.",
+        resume="ask",
+    )
+    augment: Literal["none", "jpeg"] = key(
+        "none",
+        doc="jpeg: training images are compressed once more at a quality of 75 to 100, drawn anew for each sample and "
+        "epoch from the seed. Held-out samples are left alone.",
         resume="ask",
     )
     max_bad_share: Number = key(
         0.01,
-        doc="Unusable samples are dropped and counted; above this share of a source the run stops.",
+        doc="Unusable samples are dropped and counted; above this share of a source, in its index or among its last "
+        "10,000 samples in training, the run stops, and also when the first 8 of a source are all unusable.",
         ge=0,
         le=1,
         resume="free",
     )
     num_threads: int = key(2, doc="Threads per rank that decode images and build packs.", ge=1, resume="free")
     prefetch_steps: int = key(2, doc="Whole steps prepared ahead of the one in training.", ge=1, resume="free")
+    prefetch_bytes: int = key(
+        4 << 30,
+        doc="Bytes a rank may hold in prepared steps; fewer than prefetch_steps are prepared where they would take "
+        "more, but always one.",
+        gt=0,
+        resume="free",
+    )
+    loader: Literal["inprocess", "process"] = key(
+        "inprocess",
+        doc="Where a rank decodes: in threads of the trainer, or in threads of a process beside it that hands tiles "
+        "over in shared memory and is started again when it dies.",
+        resume="free",
+    )
+    slow_read_s: Number = key(
+        30.0, doc="A file read that takes longer is named in the log, with the seconds so far.", gt=0, resume="free"
+    )
+    index_workers: int = key(
+        0,
+        doc="Processes that build the length index; 0: one for small sources, else one for each core that may be used.",
+        ge=0,
+        resume="free",
+    )
     index_dir: str | None = key(
         None, doc="Folder of the length index; default: OUTPUT_DIR/data_index.", path=True, resume="free"
     )
@@ -567,6 +700,23 @@ class Validation(Section):
     )
 
 
+class VisionFeatureCache(Section):
+    """Features of the frozen tower kept on disk: a tile that was seen before is read instead of computed."""
+
+    path: str = key(
+        doc="Folder; ranks, nodes and runs may share it. About 6.5 MB a tile for the 6B tower in bf16.",
+        path=True,
+        resume="free",
+    )
+    max_gib: Number = key(doc="Above this size the entries used longest ago are removed.", gt=0, resume="free")
+    dtype: Literal["as_computed", "bf16"] = key(
+        "as_computed",
+        doc="as_computed: in the recipe's precision, nothing is lost. bf16: half the size where precision is fp32; "
+        "features are rounded the first time already.",
+        resume="ask",
+    )
+
+
 class Log(Section):
     """What is shown and recorded. metrics.jsonl in the run directory is always written."""
 
@@ -621,6 +771,9 @@ class Recipe(Section):
     vision_tiles_per_chunk: int = key(
         16, doc="Tiles that go through the tower at once, so that memory does not grow with tiles.", gt=0, resume="free"
     )
+    vision_feature_cache: VisionFeatureCache | None = key(
+        None, doc="Keeps the frozen tower's features on disk; absent: no cache.", resume="free"
+    )
     kernels: Literal["auto", "torch"] = key(
         "auto", doc="auto: the fastest that runs here. torch: plain PyTorch.", resume="free"
     )
@@ -657,6 +810,14 @@ class Recipe(Section):
         if self.zero.stage == 0 and self.precision == "bf16":
             problems.append(
                 ("zero.stage", "has no fp32 masters for bf16 weights in DeepSpeed; use zero.stage=1 or precision=fp32")
+            )
+        if self.vision_feature_cache is not None and self.train.vision != "frozen":
+            problems.append(
+                (
+                    "vision_feature_cache",
+                    f"needs a frozen tower, but train.vision is {self.train.vision}: its features change with every "
+                    "step; remove the cache, or set train.vision: frozen",
+                )
             )
         if self.schedule.min_lr > self.optimizer.lr:
             problems.append(

@@ -197,6 +197,8 @@ def _run(
             clock.start()
     finally:
         loader.close()
+        if built.cache is not None:
+            log.info("%s", built.cache.summary())
         for sink in sinks:
             sink.close()
         if metrics is not None and console is not None:
@@ -252,7 +254,7 @@ def _step(
     clock.start()
     for number, host_batch in enumerate(data.micro_batches, start=1):
         batch = host_batch.to(world.device)
-        features = tower_features(built.tower, batch, built.dtype, recipe.vision_tiles_per_chunk)
+        features = tower_features(built.tower, batch, built.dtype, recipe.vision_tiles_per_chunk, built.cache)
         clock.stop("vision")
         loss_sum = zero.forward(built.engine, batch, features, last=number == len(data.micro_batches))
         clock.stop("forward")

@@ -34,6 +34,7 @@ from nvlm_train.model.pretrained import (
 from nvlm_train.model.vision import InternVit
 from nvlm_train.recipe.resolve import Resolved, check_resume, recipe_to_dict
 from nvlm_train.recipe.schema import Recipe
+from nvlm_train.train.feature_cache import FeatureCache, open_cache
 
 log = logging.getLogger(__name__)
 
@@ -263,12 +264,13 @@ def account_for_weights(recipe: Recipe, weights: Weights) -> Account:
 
 @dataclass
 class Built:
-    """The engine, and the frozen tower where it lives outside (replicated, not partitioned)."""
+    """The engine, and the frozen tower where it lives outside (replicated, not partitioned), with its cache if any."""
 
     engine: zero.Engine
     tower: InternVit | None
     dtype: torch.dtype
     groups: list[dict[str, Any]]
+    cache: FeatureCache | None = None
 
 
 def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weights, *, skip_trained: bool) -> Built:
@@ -297,7 +299,8 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     fill(model, weights, recipe.model, recipe.seed, slice_of, write, skip=skipped)
     groups = parameter_groups(model.named_parameters(), recipe.optimizer, resolved.module_lr)
     optimizer = build_optimizer(groups, recipe.optimizer, world.device.type)
-    return Built(zero.build(model, optimizer, resolved.deepspeed, world), tower, dtype, groups)
+    cache = open_cache(recipe, tower, dtype)
+    return Built(zero.build(model, optimizer, resolved.deepspeed, world), tower, dtype, groups, cache)
 
 
 def _frozen_tower(recipe: Recipe, weights: Weights, dtype: torch.dtype, device: torch.device) -> InternVit:

@@ -12,6 +12,7 @@ from nvlm_train.data.loader import validation_batches
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.engine import engine as zero
 from nvlm_train.engine.dist import World, agreed, sum_over_ranks
+from nvlm_train.train.feature_cache import FeatureCache
 from nvlm_train.train.loss import tower_features
 
 
@@ -28,7 +29,14 @@ class ValidationResult:
 
 
 def validate(
-    engine: zero.Engine, tower: Any, plan: DataPlan, world: World, *, dtype: torch.dtype, tiles_per_chunk: int
+    engine: zero.Engine,
+    tower: Any,
+    plan: DataPlan,
+    world: World,
+    *,
+    dtype: torch.dtype,
+    tiles_per_chunk: int,
+    cache: FeatureCache | None = None,
 ) -> ValidationResult:
     """Runs every validation source once. Touches neither gradients nor any state that training depends on."""
     sums: list[float] = []
@@ -43,7 +51,7 @@ def validate(
                     batches = validation_batches(plan, source)
                 for batch in batches:
                     moved = batch.to(world.device)
-                    features = tower_features(tower, moved, dtype, tiles_per_chunk)
+                    features = tower_features(tower, moved, dtype, tiles_per_chunk, cache)
                     loss_sum += float(engine.deepspeed(moved, features))
                     tokens += batch.num_trained_tokens
                 sums.append(loss_sum)

@@ -16,12 +16,13 @@ import torch
 from corpus import IMAGE_TOKENS, TILE, make_recipe, turns, write_image, write_image_rows, write_rows, write_text_rows
 
 from nvlm_train.batch import IGNORE_INDEX, Batch, SampleRef
-from nvlm_train.data import chat, loader, tiling
+from nvlm_train.data import chat, tiling
 from nvlm_train.data import plan as plan_module
+from nvlm_train.data.assembly import Builder, null_batch
 from nvlm_train.data.images import open_image
-from nvlm_train.data.loader import StepData, StepLoader, null_batch, validation_batches
+from nvlm_train.data.loader import StepData, StepLoader, validation_batches
 from nvlm_train.data.plan import DataPlan, open_data
-from nvlm_train.data.sources import JsonlSource, parse_line
+from nvlm_train.data.sources import JsonlSource
 from nvlm_train.errors import DataError
 from nvlm_train.recipe.schema import Recipe
 
@@ -148,9 +149,9 @@ def test_packed_streams_equal_rendered_samples(folder: Path, micro_batch_size: i
         for ref, (ids, labels, tiles) in contents.items():
             row = plan.indexes[ref.source].rows[ref.row]
             source = sources[ref.source]
-            sample = parse_line(source.read(int(row["offset"]), int(row["num_bytes"])))
+            sample = source.sample(row)
             limit = int(row["max_tiles"])  # lower than 6 where the sample would be over-long
-            cut = [tiling.cut(open_image(source.image_path(i)), limit, TILE, True) for i in sample.images]
+            cut = [tiling.cut(open_image(i.read()), limit, TILE, True) for i in sample.images]
             alone = chat.render(
                 sample.messages, [len(c) for c in cut], plan.tokenizer, template, recipe.data.tiling, IMAGE_TOKENS, None
             )
@@ -465,13 +466,14 @@ def test_close_in_the_middle_is_quick(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_whole_steps_are_prepared_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
-    build = loader.build_batch
+    submit = Builder.submit
 
     def counted(*given: Any) -> Any:
-        built.append(1)
-        return build(*given)
+        future = submit(*given)
+        future.add_done_callback(lambda _: built.append(1))
+        return future
 
-    monkeypatch.setattr(loader, "build_batch", counted)
+    monkeypatch.setattr(Builder, "submit", counted)
     plan = open_data(recipe_of(folder, data__prefetch_steps=3), rank=0, world_size=1)
     with StepLoader(plan, start_step=0, end_step=100) as steps:
         next(steps)
