@@ -443,5 +443,6 @@ def test_memory_of_a_build_does_not_grow_with_samples(
         build(path, settings_with(tokenizer))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    gc.unfreeze(); print(peaks)
+    gc.unfreeze()
+    print(peaks)
     assert peaks[1] < 1.5 * peaks[0], peaks
