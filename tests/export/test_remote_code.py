@@ -147,6 +147,8 @@ def test_tiles_equal_the_training_pipelines_on_many_sizes(processor: Any) -> Non
         for thumbnail in (True, False):
             theirs = remote.cut_tiles(image, 6, 12, thumbnail)
             assert np.array_equal(theirs, tiling.cut(image, 6, 12, thumbnail))
+    pixels = processor("?", images=[picture(40, 24)])["pixel_values"]
+    assert torch.equal(pixels, verify._normalised(torch.from_numpy(tiling.cut(picture(40, 24), 6, 12, True))))
 
 
 def test_tiles_are_shared_over_the_images_of_a_prompt_as_in_training() -> None:
@@ -163,8 +165,6 @@ def test_tiles_are_shared_over_the_images_of_a_prompt_as_in_training() -> None:
         assert theirs == max(ours, 1)  # in training 0 means that the sample is left out
         lowered += theirs < 6
     assert lowered > 20
-    pixels = processor("?", images=[picture(40, 24)])["pixel_values"]
-    assert torch.equal(pixels, verify._normalised(torch.from_numpy(tiling.cut(picture(40, 24), 6, 12, True))))
 
 
 def test_images_without_a_mark_come_first_and_wrong_counts_are_refused(processor: Any) -> None:
