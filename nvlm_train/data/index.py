@@ -51,7 +51,7 @@ WAIT_TIMEOUT_S = 300.0  # without a sign of life of rank 0
 _HEARTBEAT_S = 2.0
 _TELL_S = 10.0  # between lines of the log where there is no terminal for a progress bar
 _CHUNK_ROWS = 512  # texts of so many samples are tokenised at once
-_ALONE = {"B": 32 << 20, "row": 5000}  # amounts that one process indexes faster than others start
+_ALONE = {"B": 8 << 20, "row": 2000}  # amounts that one process indexes faster than others start
 _BAD_KEPT = 1000  # messages kept; counts are exact
 _BAD_SHOWN = 20
 _NOT_BAD = (OVERLONG, BELOW_RATING)  # left out on purpose
@@ -434,6 +434,7 @@ _given: tuple[Source, IndexSettings]  # of a worker process, opened once
 def _start_worker(source: Source, settings: IndexSettings) -> None:
     global _given
     _given = (source, settings)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
 
 
 def _index_in_process(unit: Unit, file: Path) -> int:

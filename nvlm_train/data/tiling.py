@@ -101,7 +101,19 @@ def cut(
 
 
 def _exact_resizer(image: Image.Image) -> Callable[[int, int], NDArray[np.uint8]]:
-    return lambda width, height: np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # [H, W, 3]
+    return lambda width, height: np.asarray(resize(image, width, height))  # [height, width, 3]
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Pillow's bicubic, rows first: the result of every Pillow before 13, and of this function with any.
+
+    Pillow 13 takes the columns of tall images first. The order shows, because values are rounded and cut off at 0 and
+    255 in between: by 0.4 of 255 on the mean pixel of a page of text, three times what rounding to bf16 costs. The
+    models that are continued here saw rows first.
+    """
+    return image.resize((width, image.height), Image.Resampling.BICUBIC).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
 
 
 def _fast_resizer(image: Image.Image) -> Callable[[int, int], NDArray[np.uint8]]:

@@ -255,6 +255,7 @@ def processor_config(model: Model, recipe: dict[str, Any]) -> dict[str, Any]:
         "image_token": CONTROL_TOKENS["image"],
         "image_tokens_per_tile": (model.vision.image_size // model.vision.patch_size // 2) ** 2,
         "max_tiles": tiling["max_tiles"],
+        "max_tiles_per_sample": tiling.get("max_tiles_per_sample"),
         "prompt_template": tokenizer["template"],
         "system": system_text(recipe),
         "thumbnail": tiling["thumbnail"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from collections import Counter
@@ -16,10 +17,10 @@ import torch
 from corpus import IMAGE_TOKENS, TILE, make_recipe, turns, write_image, write_image_rows, write_rows, write_text_rows
 
 from nvlm_train.batch import IGNORE_INDEX, Batch, SampleRef
-from nvlm_train.data import chat, tiling
+from nvlm_train.data import assembly, chat, loader, tiling
 from nvlm_train.data import plan as plan_module
 from nvlm_train.data.assembly import Builder, null_batch
-from nvlm_train.data.images import open_image
+from nvlm_train.data.images import BadSample, open_image
 from nvlm_train.data.loader import StepData, StepLoader, validation_batches
 from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.data.sources import JsonlSource
@@ -498,3 +499,131 @@ def test_fingerprint_is_of_content_and_order(folder: Path, tmp_path: Path) -> No
     with (tmp_path / "text.jsonl").open("a") as file:
         file.write(json.dumps({"messages": turns("more", "yes")}) + "\n")
     assert open_data(recipe, rank=0, world_size=1).fingerprint != one
+
+
+# --------------------------------------------------------------------------------------- memory, slow reads, limits
+
+
+def test_bytes_bound_what_is_prepared(folder: Path) -> None:
+    """Room for a byte: one step ahead all the same. Room for about three: no more, whatever prefetch_steps says."""
+    for num_bytes, most in ((1, 1), (None, 3)):
+        plan = open_data(recipe_of(folder, data__prefetch_steps=50), rank=0, world_size=1)
+        per_step = [
+            sum(loader._bytes_of(plan, item) for ranks in plan.deal_step(step) for item in ranks[0])
+            for step in range(9)
+        ]
+        limit = num_bytes or sum(per_step[:3])
+        plan = open_data(recipe_of(folder, data__prefetch_steps=50, data__prefetch_bytes=limit), rank=0, world_size=1)
+        with StepLoader(plan, start_step=0, end_step=9) as steps:
+            seen = []
+            for data in steps:
+                seen.append(data.step)
+                ahead = list(steps._steps)
+                assert len(ahead) <= 1 or sum(one.num_bytes for one in ahead) <= limit
+                assert ahead or data.step == 8
+            assert seen == list(range(9))
+        assert most == 1 or per_step[0] > 1000
+
+
+def test_a_slow_read_is_named_while_it_lasts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read = plan_module.read_file
+    slow: list[str] = []
+
+    def slowly(path: str, name: str) -> bytes:
+        if not slow:
+            slow.append(path)
+            time.sleep(0.8)
+        return read(path, name)
+
+    monkeypatch.setattr(plan_module, "read_file", slowly)
+    plan = open_data(recipe_of(folder, data__slow_read_s=0.2), rank=0, world_size=1)
+    logging.getLogger("nvlm_train").propagate = True
+    with caplog.at_level(logging.WARNING):
+        assert len(steps_of(plan, 0, 2)) == 2
+    during = [text for text in caplog.messages if "so far" in text]
+    assert 1 <= len(during) <= 3  # told again when its time has doubled, not every second
+    assert all(slow[0] in text and "data.slow_read_s is 0.2" in text for text in during)
+    assert any(f"reading {slow[0]} took 1 s" in text for text in caplog.messages)
+    assert not [thread for thread in threading.enumerate() if "slow" in thread.name]
+
+
+def test_a_stuck_read_does_not_keep_the_trainer_from_ending(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = threading.Event()
+
+    def stuck(path: str, name: str) -> bytes:
+        release.wait(30)
+        raise BadSample("unreadable image", "released")
+
+    monkeypatch.setattr(plan_module, "read_file", stuck)
+    monkeypatch.setattr(assembly, "CLOSE_TIMEOUT_S", 0.3)
+    logging.getLogger("nvlm_train").propagate = True
+    steps = StepLoader(open_data(recipe_of(folder), rank=0, world_size=1), start_step=0, end_step=5)
+    begin = time.monotonic()
+    steps._submit()
+    time.sleep(0.2)
+    with caplog.at_level(logging.WARNING):
+        steps.close()
+    assert time.monotonic() - begin < 2
+    assert any("gave up on reading" in text and ".png" in text for text in caplog.messages)
+    release.set()
+
+
+def test_the_share_of_bad_samples_is_that_of_the_last_ten_thousand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window of 40 here. Rows that were bad long ago are forgotten; as many within the window stop the run."""
+    monkeypatch.setattr(loader, "_WINDOW", 40)
+    monkeypatch.setattr(loader, "_SEEN_AT_LEAST", 40)
+    path = write_text_rows(tmp_path / "a.jsonl", 400)
+    plan = open_data(make_recipe(tmp_path, {"s": {"path": str(path)}}, data__max_bad_share=0.1), rank=0, world_size=1)
+
+    def account(bad_at: set[int], count: int) -> int:
+        watch = loader._BadSamples(plan)
+        for k in range(count):
+            ref = SampleRef("s", k, 0)
+            bad = [assembly.Bad(ref, k + 1, "unreadable image", "broken")] if k in bad_at else []
+            arrays = {"samples": () if bad else (ref,)}
+            watch.account(0, assembly.Built({**assembly_arrays(plan), **arrays}, 1, {}, bad))
+        return count
+
+    assert account({20, 60, 100, 140, 180, 220, 260, 300}, 350) == 350  # 8 of 350, never more than 1 of 40
+    assert account({300, 301, 302, 303}, 350) == 350  # 4 of 40: just allowed
+    with pytest.raises(DataError, match=r"5 of the last 40 samples seen cannot be used, more than .* 0\.1"):
+        account({300, 301, 302, 303, 304}, 350)
+
+
+def assembly_arrays(plan: DataPlan) -> dict[str, Any]:
+    batch = null_batch(plan)
+    return dict(vars(batch))
+
+
+def test_decode_threads_share_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pack of 16 samples a step: with 4 threads, 4 of its samples are in the making at the same time."""
+    write_image_rows(tmp_path / "images.jsonl", 16)
+    busy: list[int] = []
+    now = [0]
+    lock = threading.Lock()
+    opened = plan_module.open_image
+
+    def slowly(*given: Any) -> Any:
+        with lock:
+            now[0] += 1
+            busy.append(now[0])
+        time.sleep(0.01)
+        with lock:
+            now[0] -= 1
+        return opened(*given)
+
+    monkeypatch.setattr(plan_module, "open_image", slowly)
+    mixture = {"images": {"path": str(tmp_path / "images.jsonl")}}
+    recipe = make_recipe(
+        tmp_path, mixture, data__num_threads=4, data__prefetch_steps=1, data__pack_tokens=4096, data__max_bad_share=1
+    )
+    plan = open_data(recipe, rank=0, world_size=1)
+    assert len(plan.deal_step(0)) == 1
+    steps_of(plan, 0, 1)
+    assert max(busy) == 4

@@ -151,6 +151,22 @@ def test_tiles_equal_the_training_pipelines_on_many_sizes(processor: Any) -> Non
     assert torch.equal(pixels, verify._normalised(torch.from_numpy(tiling.cut(picture(40, 24), 6, 12, True))))
 
 
+def test_tiles_are_shared_over_the_images_of_a_prompt_as_in_training() -> None:
+    from nvlm_train.export.remote_code import processing_nvlm_d as remote
+
+    draw = random.Random(4)
+    lowered = 0
+    for _ in range(200):
+        sizes = [(draw.randint(1, 90), draw.randint(1, 90)) for _ in range(draw.randint(1, 5))]
+        budget, thumbnail = draw.choice([None, *range(1, 30)]), draw.random() < 0.5
+        settings = {"max_tiles": 6, "tile_size": 12, "thumbnail": thumbnail, "max_tiles_per_sample": budget}
+        ours = tiling.shared_limit(sizes, 6, budget, 12, thumbnail)
+        theirs = remote.shared_max_tiles([Image.new("RGB", size) for size in sizes], settings)
+        assert theirs == max(ours, 1)  # in training 0 means that the sample is left out
+        lowered += theirs < 6
+    assert lowered > 20
+
+
 def test_images_without_a_mark_come_first_and_wrong_counts_are_refused(processor: Any) -> None:
     plain = processor("What?", images=[picture(12, 12), picture(24, 12)])
     marked = processor("<image>\n<image>\nWhat?", images=[picture(12, 12), picture(24, 12)])

@@ -38,18 +38,37 @@ def choose_grid(width: int, height: int, max_tiles: int, tile_size: int) -> tupl
     return best
 
 
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Bicubic, rows first, as in training: Pillow 13 takes the columns of tall images first, and the order shows."""
+    half = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    return half.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def shared_max_tiles(images: list[Image.Image], settings: dict[str, Any]) -> int:
+    """The tile maximum of each image of a prompt: the largest with which all tiles together, thumbnails counted, keep
+    within max_tiles_per_sample; 1 where even that is too much."""
+    budget = settings.get("max_tiles_per_sample")
+    limit = settings["max_tiles"]
+    while budget is not None and limit > 1:
+        grids = [choose_grid(i.width, i.height, limit, settings["tile_size"]) for i in images]
+        if sum(c * r + (settings["thumbnail"] and c * r > 1) for c, r in grids) <= budget:
+            break
+        limit -= 1
+    return limit
+
+
 def cut_tiles(image: Image.Image, max_tiles: int, tile_size: int, thumbnail: bool) -> np.ndarray:
     """u8[t, 3, px, px]: the image resized to its grid and cut row by row; a thumbnail of the whole comes last."""
     image = image.convert("RGB")
     columns, rows = choose_grid(image.width, image.height, max_tiles, tile_size)
-    whole = image.resize((columns * tile_size, rows * tile_size), Image.Resampling.BICUBIC)
+    whole = resize(image, columns * tile_size, rows * tile_size)
     tiles = [
         whole.crop((c * tile_size, r * tile_size, (c + 1) * tile_size, (r + 1) * tile_size))
         for r in range(rows)
         for c in range(columns)
     ]
     if thumbnail and len(tiles) > 1:
-        tiles.append(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+        tiles.append(resize(image, tile_size, tile_size))
     return np.stack([np.asarray(tile) for tile in tiles]).transpose(0, 3, 1, 2)
 
 
@@ -95,8 +114,8 @@ class NVLM_D_Processor:
         encoded, tiles = [], []
         for prompt, own in zip(rows, of_row):  # noqa: B905 (lengths compared above; Python 3.9 knows no strict)
             own = [] if own is None else own if isinstance(own, (list, tuple)) else [own]
-            cut = [cut_tiles(i, self.settings["max_tiles"], self.settings["tile_size"], self.settings["thumbnail"])
-                   for i in own]  # fmt: skip
+            limit = shared_max_tiles(own, self.settings)
+            cut = [cut_tiles(i, limit, self.settings["tile_size"], self.settings["thumbnail"]) for i in own]
             encoded.append(self.encode_prompt(prompt, [len(part) for part in cut], system))
             tiles += cut
         longest = max(len(ids) for ids in encoded)
