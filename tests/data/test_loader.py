@@ -24,6 +24,7 @@ from nvlm_train.data.images import BadSample, open_image
 from nvlm_train.data.loader import StepData, StepLoader, validation_batches
 from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.data.sources import JsonlSource
+from nvlm_train.data.sources import rows as rows_module
 from nvlm_train.errors import DataError
 from nvlm_train.recipe.schema import Recipe
 
@@ -528,7 +529,7 @@ def test_bytes_bound_what_is_prepared(folder: Path) -> None:
 def test_a_slow_read_is_named_while_it_lasts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read = plan_module.read_file
+    read = rows_module.read_file
     slow: list[str] = []
 
     def slowly(path: str, name: str) -> bytes:
@@ -537,7 +538,7 @@ def test_a_slow_read_is_named_while_it_lasts(
             time.sleep(0.8)
         return read(path, name)
 
-    monkeypatch.setattr(plan_module, "read_file", slowly)
+    monkeypatch.setattr(rows_module, "read_file", slowly)
     plan = open_data(recipe_of(folder, data__slow_read_s=0.2), rank=0, world_size=1)
     logging.getLogger("nvlm_train").propagate = True
     with caplog.at_level(logging.WARNING):
@@ -558,7 +559,7 @@ def test_a_stuck_read_does_not_keep_the_trainer_from_ending(
         release.wait(30)
         raise BadSample("unreadable image", "released")
 
-    monkeypatch.setattr(plan_module, "read_file", stuck)
+    monkeypatch.setattr(rows_module, "read_file", stuck)
     monkeypatch.setattr(assembly, "CLOSE_TIMEOUT_S", 0.3)
     logging.getLogger("nvlm_train").propagate = True
     steps = StepLoader(open_data(recipe_of(folder), rank=0, world_size=1), start_step=0, end_step=5)
@@ -585,7 +586,7 @@ def test_the_share_of_bad_samples_is_that_of_the_last_ten_thousand(
         watch = loader._BadSamples(plan)
         for k in range(count):
             ref = SampleRef("s", k, 0)
-            bad = [assembly.Bad(ref, k + 1, "unreadable image", "broken")] if k in bad_at else []
+            bad = [assembly.Bad(ref, k + 1, f"{path}:{k + 1}", "unreadable image", "broken")] if k in bad_at else []
             arrays = {"samples": () if bad else (ref,)}
             watch.account(0, assembly.Built({**assembly_arrays(plan), **arrays}, 1, {}, bad))
         return count
