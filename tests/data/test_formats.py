@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpus import turns, write_image, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from corpus import turns, write_image, write_rows
 from nvlm_train.data import prompts
 from nvlm_train.data.images import BadSample, open_image
 from nvlm_train.data.sources import Record, Sample, Source, expand_sources, open_source, parse_row, position
@@ -835,7 +835,6 @@ def test_positions() -> None:
 def test_every_kind_together_in_a_run(tmp_path: Path) -> None:
     """A mixture of all kinds is indexed, planned and loaded; every step holds what the plan says, nothing is bad."""
     from corpus import make_recipe, write_image_rows
-
     from nvlm_train.data.loader import StepLoader
     from nvlm_train.data.plan import open_data
 

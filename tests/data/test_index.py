@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from corpus import (
     IMAGE_TOKENS,
     TILE,
@@ -23,7 +24,6 @@ from corpus import (
     write_text_rows,
     write_tokenizer,
 )
-
 from nvlm_train.batch import IGNORE_INDEX
 from nvlm_train.data import chat, index, tiling
 from nvlm_train.data.index import IndexSettings, SourceIndex, open_index
@@ -417,9 +417,8 @@ def test_what_a_source_reads_is_part_of_the_key(tmp_path: Path, tokenizer: ChatT
 
 
 def test_rows_below_a_rating_are_not_bad(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
-    from test_formats import cauldron, write_parquet
-
     from nvlm_train.data.sources import open_source
+    from test_formats import cauldron, write_parquet
 
     path = write_parquet(tmp_path / "a.parquet", cauldron(10))
     given = Source.model_validate({"kind": "hf", "path": str(path), "min_ratings": {"relevance": 4}})

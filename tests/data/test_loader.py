@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpus import IMAGE_TOKENS, TILE, make_recipe, turns, write_image, write_image_rows, write_rows, write_text_rows
 
+from corpus import IMAGE_TOKENS, TILE, make_recipe, turns, write_image, write_image_rows, write_rows, write_text_rows
 from nvlm_train.batch import IGNORE_INDEX, Batch, SampleRef
 from nvlm_train.data import assembly, chat, loader, tiling
 from nvlm_train.data import plan as plan_module

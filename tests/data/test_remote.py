@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from corpus import make_recipe, turns, write_image, write_rows
-from test_formats import cauldron, members_of, samples, source_of, widths, write_parquet, write_tar
 
+from corpus import make_recipe, turns, write_image, write_rows
 from nvlm_train.data import index
 from nvlm_train.data.images import BadSample
 from nvlm_train.data.plan import open_data
 from nvlm_train.data.sources import ImageRef, files
 from nvlm_train.errors import DataError
+from test_formats import cauldron, members_of, samples, source_of, widths, write_parquet, write_tar
 
 fsspec = pytest.importorskip("fsspec")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus import turns, write_image, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corpus import turns, write_image, write_rows
 from nvlm_train.data.images import BadSample
 from nvlm_train.data.sources import JsonlSource, Sample, parse_line, parse_row
 from nvlm_train.errors import DataError

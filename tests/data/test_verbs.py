@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from corpus import make_recipe, turns, write_image, write_image_rows, write_rows, write_text_rows
 from PIL import Image
 
+from corpus import make_recipe, turns, write_image, write_image_rows, write_rows, write_text_rows
 from nvlm_train import cli
 from nvlm_train.batch import IGNORE_INDEX, SampleRef
 from nvlm_train.data import charts, stats

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
-from recipe_files import BASE, write
 
 from nvlm_train.errors import RecipeError
 from nvlm_train.recipe.load import load_recipe
+from recipe_files import BASE, write
 
 
 def problems(path: str, overrides: tuple[str, ...] = ()) -> list[str]:

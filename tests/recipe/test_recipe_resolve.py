@@ -10,7 +10,6 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from recipe_files import BASE, write
 
 from nvlm_train.engine.deepspeed_config import deepspeed_config
 from nvlm_train.engine.memory import KINDS, predict_memory
@@ -27,6 +26,7 @@ from nvlm_train.recipe.resolve import (
     warmup_steps,
 )
 from nvlm_train.recipe.schema import Recipe, all_keys
+from recipe_files import BASE, write
 
 
 def predict(recipe, ranks):

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipe_files import BASE, write
 
 from nvlm_train.cli import main
 from nvlm_train.recipe.foreign_names import FOREIGN, answer, markdown_table
 from nvlm_train.recipe.schema import all_keys
+from recipe_files import BASE, write
 
 RECIPES = sorted(Path("recipes").rglob("*.yaml"))
 
