@@ -586,7 +586,7 @@ def test_the_share_of_bad_samples_is_that_of_the_last_ten_thousand(
         watch = loader._BadSamples(plan)
         for k in range(count):
             ref = SampleRef("s", k, 0)
-            bad = [assembly.Bad(ref, k + 1, "unreadable image", "broken")] if k in bad_at else []
+            bad = [assembly.Bad(ref, k + 1, f"{path}:{k + 1}", "unreadable image", "broken")] if k in bad_at else []
             arrays = {"samples": () if bad else (ref,)}
             watch.account(0, assembly.Built({**assembly_arrays(plan), **arrays}, 1, {}, bad))
         return count

@@ -48,7 +48,7 @@ def shared_max_tiles(images: Any, settings: dict[str, Any]) -> int:
     """The tile maximum of each image of a prompt: the largest with which all tiles together, thumbnails counted, keep
     within max_tiles_per_sample; 1 where even that is too much."""
     budget = settings.get("max_tiles_per_sample")
-    limit = settings["max_tiles"]
+    limit = settings["max_tiles"] if images else 1  # a folder of text alone has no tiling
     while budget is not None and limit > 1:
         grids = [choose_grid(i.width, i.height, limit, settings["tile_size"]) for i in images]
         if sum(c * r + (settings["thumbnail"] and c * r > 1) for c, r in grids) <= budget:
