@@ -4,7 +4,9 @@ Ranks, workers and past draws appear nowhere in it, so any position can be asked
 sees the same stream. Three steps:
 
 1. How many draws of each source the first N positions hold: N times its weight, rounded by largest remainder; taken at
-   the ends of blocks of 1024 positions, so that every block has its exact share.
+   the ends of blocks of 1024 positions, so that every block has its exact share. A source with a limit of epochs ends
+   in the block where the limit is reached; from there on the others share what was its part, by their weights. There
+   are at most twice as many such phases as sources, found once, so any position is still looked up at once.
 2. Inside a block a keyed permutation decides which places belong to which source.
 3. The k-th draw of a source of n rows is row P(k mod n) of epoch k div n, where P is a keyed permutation of the rows,
    another one for each source and epoch. Draws are numbered by position, so no row comes again before all have come.
@@ -16,7 +18,8 @@ walking"): bijections with random access and no memory.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -68,14 +71,47 @@ def permute(values: NDArray[np.int64], size: int, key: str) -> NDArray[np.int64]
     return out.astype(np.int64)
 
 
+class _Phase(NamedTuple):
+    """Blocks in which the same sources share the draws; `after` is written out where a block ends some of them."""
+
+    first: int  # block
+    before: list[int]  # draws of each source before it
+    shares: list[Fraction]  # zero for a source that has ended
+    after: list[int] | None = None  # draws at the end of the phase's only block; None: quotas of `shares`
+
+
+def quotas(total: int, shares: Sequence[Fraction]) -> list[int]:
+    """`total` split by `shares` (of sum 1) and rounded by largest remainder: never off by one or more."""
+    wanted = [total * share for share in shares]
+    counts = [int(quota) for quota in wanted]
+    by_remainder = sorted(range(len(counts)), key=lambda d: (counts[d] - wanted[d], d))
+    for d in by_remainder[: total - sum(counts)]:
+        counts[d] += 1
+    return counts
+
+
+def epoch_limit(size: int, max_epochs: float | None) -> int | None:
+    """Draws that a source of `size` rows gives before `max_epochs` are over; at least one. None: without end."""
+    return None if max_epochs is None else max(1, int(size * Fraction(str(max_epochs))))
+
+
 class Mixture:
     """The order over sources of `sizes[name]` rows with `weights[name]` as shares of samples.
 
     A weight share below 1/1024 makes the block larger (a power of two times 1024), so that each block still holds at
     least one draw of it; otherwise rounded counts could go down from one block to the next.
+
+    max_epochs: times that a source's rows may come, by name; a source without it comes for ever. When all have it the
+    order ends after `length` positions.
     """
 
-    def __init__(self, seed: int, sizes: Mapping[str, int], weights: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        sizes: Mapping[str, int],
+        weights: Mapping[str, float | Fraction],
+        max_epochs: Mapping[str, float | None] | None = None,
+    ) -> None:
         self.names = sorted(sizes)  # by name: the order of the recipe's keys means nothing
         self.sizes = [int(sizes[name]) for name in self.names]
         if not self.names or min(self.sizes) < 1 or min(weights[name] for name in self.names) <= 0:
@@ -84,23 +120,92 @@ class Mixture:
         exact = [Fraction(weights[name]) for name in self.names]
         total = sum(exact)
         self.shares = [weight / total for weight in exact]
+        self.limits = [
+            epoch_limit(size, (max_epochs or {}).get(name)) for name, size in zip(self.names, self.sizes, strict=True)
+        ]
         self.block = BLOCK
         while self.block * min(self.shares) < 1:
             self.block *= 2
+        self.length: int | None = None
+        self._phases: list[_Phase] = []
+        self._find_phases()
+        self._first_blocks = [phase.first for phase in self._phases]
         self._blocks: dict[int, Draws] = {}
 
+    def _find_phases(self) -> None:
+        block, drawn = 0, [0] * len(self.names)
+        while True:
+            left = [None if cap is None else cap - n for cap, n in zip(self.limits, drawn, strict=True)]
+            alive = [share if room != 0 else Fraction(0) for share, room in zip(self.shares, left, strict=True)]
+            total = sum(alive)
+            if not total:
+                self.length = sum(drawn)
+                self._phases.append(_Phase(block, drawn, alive, drawn))
+                return
+            shares = [share / total for share in alive]
+            bounds = [(d, room) for d, room in enumerate(left) if room]
+            if not bounds:
+                self._phases.append(_Phase(block, drawn, shares))
+                return
+            whole = min(int(room / (self.block * shares[d])) for d, room in bounds)
+
+            def fits(blocks: int, shares: list[Fraction] = shares, bounds: list[tuple[int, int]] = bounds) -> bool:
+                counts = quotas(blocks * self.block, shares)
+                return all(counts[d] <= room for d, room in bounds)
+
+            while not fits(whole):  # rounding moves it by one
+                whole -= 1
+            while fits(whole + 1):
+                whole += 1
+            ends = quotas(whole * self.block, shares)
+            wanted = [n - e for n, e in zip(quotas((whole + 1) * self.block, shares), ends, strict=True)]
+            if whole:
+                self._phases.append(_Phase(block, drawn, shares))
+                drawn = [n + e for n, e in zip(drawn, ends, strict=True)]
+                block += whole
+            after = self._last_block(drawn, wanted)
+            self._phases.append(_Phase(block, drawn, shares, after))
+            drawn = after
+            block += 1
+
+    def _last_block(self, drawn: list[int], wanted: list[int]) -> list[int]:
+        """Draws after a block in which sources end: what they cannot give is shared out among the others."""
+        given = [0] * len(drawn)
+        while True:
+            for d, cap in enumerate(self.limits):
+                room = wanted[d] if cap is None else min(wanted[d], cap - drawn[d] - given[d])
+                given[d] += room
+            missing = self.block - sum(given)
+            alive = [
+                share if cap is None or drawn[d] + given[d] < cap else Fraction(0)
+                for d, (share, cap) in enumerate(zip(self.shares, self.limits, strict=True))
+            ]
+            total = sum(alive)
+            if not missing or not total:
+                return [n + g for n, g in zip(drawn, given, strict=True)]
+            wanted = quotas(missing, [share / total for share in alive])
+
     def counts(self, num_blocks: int) -> list[int]:
-        """Draws of each source in the first `num_blocks` blocks; never off its share by one or more."""
-        total = num_blocks * self.block
-        wanted = [total * share for share in self.shares]
-        counts = [int(quota) for quota in wanted]
-        by_remainder = sorted(range(len(counts)), key=lambda d: (counts[d] - wanted[d], d))
-        for d in by_remainder[: total - sum(counts)]:
-            counts[d] += 1
+        """Draws of each source in the first `num_blocks` blocks; never off its share of a phase by one or more."""
+        phase = self._phases[max(bisect_right(self._first_blocks, num_blocks) - 1, 0)]
+        blocks = num_blocks - phase.first
+        if phase.after is not None:
+            return list(phase.before if blocks == 0 else phase.after)
+        return [n + q for n, q in zip(phase.before, quotas(blocks * self.block, phase.shares), strict=True)]
+
+    def drawn(self, position: int) -> list[int]:
+        """Draws of each source at the positions before `position`."""
+        block, within = divmod(position, self.block)
+        counts = self.counts(block)
+        if within:
+            here = np.bincount(self._block_draws(block).source[:within], minlength=len(counts))
+            counts = [n + int(h) for n, h in zip(counts, here, strict=True)]
         return counts
 
     def draws(self, start: int, stop: int) -> Draws:
-        """The draws at positions start..stop-1."""
+        """The draws at positions start..stop-1. Raises ValueError behind the end of the order."""
+        if self.length is not None and stop > self.length:
+            raise ValueError(f"the order ends after {self.length} positions; {stop} were asked for")
         pieces = []
         for block in range(start // self.block, (stop - 1) // self.block + 1):
             begin = block * self.block
@@ -118,20 +223,21 @@ class Mixture:
             return self._blocks[block]
         before, after = self.counts(block), self.counts(block + 1)
         ends = np.cumsum([end - first for first, end in zip(before, after, strict=True)])
-        places = permute(np.arange(self.block, dtype=np.int64), self.block, f"{self.seed}/block/{block}")
+        size = int(ends[-1])  # self.block, but for the last block of an order that ends
+        places = permute(np.arange(size, dtype=np.int64), size, f"{self.seed}/block/{block}")
         source = np.searchsorted(ends, places, side="right").astype(np.int32)
-        row = np.empty(self.block, dtype=np.int64)
-        epoch = np.empty(self.block, dtype=np.int64)
-        for d, (first, size) in enumerate(zip(before, self.sizes, strict=True)):
+        row = np.empty(size, dtype=np.int64)
+        epoch = np.empty(size, dtype=np.int64)
+        for d, (first, rows) in enumerate(zip(before, self.sizes, strict=True)):
             mine = np.flatnonzero(source == d)
             drawn = first + np.arange(len(mine), dtype=np.int64)  # in the order of positions: epochs do not mix
-            epoch[mine] = drawn // size
+            epoch[mine] = drawn // rows
             for e in np.unique(epoch[mine]).tolist():
                 chosen = mine[epoch[mine] == e]
-                in_epoch = (drawn % size)[epoch[mine] == e]
-                row[chosen] = permute(in_epoch, size, f"{self.seed}/rows/{self.names[d]}/{e}")
+                in_epoch = (drawn % rows)[epoch[mine] == e]
+                row[chosen] = permute(in_epoch, rows, f"{self.seed}/rows/{self.names[d]}/{e}")
         drawn_block = Draws(source, row, epoch)
-        while len(self._blocks) >= 4:
+        while len(self._blocks) >= 16:
             self._blocks.pop(next(iter(self._blocks)), None)
         self._blocks[block] = drawn_block
         return drawn_block

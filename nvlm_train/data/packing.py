@@ -1,7 +1,8 @@
 """Packs: several samples in one sequence, planned from lengths alone, and who trains which of them.
 
-A step is exactly the samples of its positions; how many packs they fill varies from step to step. Every rank plans the
-whole step, so that all know the number of micro-steps without a word between them.
+A pack has a hard capacity in tokens and, where asked for, in tiles. Every rank plans the whole step, so that all know
+the number of micro-steps without a word between them. What a rank waits for is the slowest of the others, so packs are
+made alike, in tiles (the tower's work) as well as in tokens (the decoder's).
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.batch import SampleRef
-from nvlm_train.recipe import schema
+if TYPE_CHECKING:  # counting packs in many processes at once needs no torch
+    from nvlm_train.batch import SampleRef
+    from nvlm_train.recipe import schema
 
-_TRIES = 16  # bins of few tiles that are looked at before a new one is opened
+VERSION = 2  # of the rule that fills packs: where a step is a number of packs, its samples depend on it
+_MANY = 20  # with so many packs one more in twenty is worth a better balance
 
 
 @dataclass(frozen=True)
@@ -69,34 +72,78 @@ def best_fit(tokens: NDArray[np.int64], capacity: int) -> list[list[int]]:
     return _fill(sorted(range(len(tokens)), key=lambda i: (-int(tokens[i]), i)), tokens, capacity, [])
 
 
-def twin(tokens: NDArray[np.int64], tiles: NDArray[np.int64], capacity: int) -> list[list[int]]:
-    """Tiles first, text after: samples with images, most tiles first, go to the bin with the fewest tiles; samples of
-    text then fill what is left, best fit. Bins end up alike in tiles as well as in tokens."""
-    with_image = sorted(np.flatnonzero(tiles > 0).tolist(), key=lambda i: (-int(tiles[i]), -int(tokens[i]), i))
-    text_only = sorted(np.flatnonzero(tiles == 0).tolist(), key=lambda i: (-int(tokens[i]), i))
-    bins: list[list[int]] = [[] for _ in range(max(1, -(-int(tokens.sum()) // capacity)))]
-    free = [capacity] * len(bins)
-    heap = [(0, b) for b in range(len(bins))]
+def twin(
+    tokens: NDArray[np.int64], tiles: NDArray[np.int64], capacity: int, tile_capacity: int | None = None
+) -> list[list[int]]:
+    """Bins alike in tiles as well as in tokens; as many as the sums need, and more only where something fits nowhere.
+
+    1. Text that is too long for the room that images will leave goes first, one to a bin.
+    2. Samples with images, most tiles first, each into the bin with the fewest tiles (and of these the fewest tokens)
+       that it fits. Its tile-poorest bins may be full: they wait aside until something short enough comes.
+    3. The rest of the text, longest first, each into the emptiest bin.
+
+    Each of 2 and 3 is the rule "longest processing time first". The sorting of text into whatever is fullest, which
+    uses the last tokens of every bin, would leave others half empty, and the ranks that get them waiting.
+    """
+    length, count = tokens.tolist(), tiles.tolist()
+    most = int(tiles.sum()) + 1 if tile_capacity is None else tile_capacity
+    with_image = sorted((i for i, k in enumerate(count) if k), key=lambda i: (-count[i], -length[i], i))
+    text_only = sorted((i for i, k in enumerate(count) if not k), key=lambda i: (-length[i], i))
+    num_bins = max(1, -(-sum(length) // capacity), -(-sum(count) // most))
+    room = capacity - sum(length[i] for i in with_image) / num_bins
+    long = [i for i in text_only[:num_bins] if length[i] > room]
+    bins: list[list[int]] = [[i] for i in long] + [[] for _ in range(num_bins - len(long))]
+    heap = [(0, sum(length[i] for i in held), b) for b, held in enumerate(bins)]  # (tiles, tokens, bin)
+    heapq.heapify(heap)
+    aside: list[tuple[int, int, int]] = []  # (-room, tiles, bin): no place for what came last
     for i in with_image:
-        seen: list[tuple[int, int]] = []
-        target = -1
-        while heap and len(seen) < _TRIES:
-            held, b = heapq.heappop(heap)
-            if free[b] >= tokens[i]:
-                target = b
-                heapq.heappush(heap, (held + int(tiles[i]), b))
-                break
-            seen.append((held, b))
-        for entry in seen:
-            heapq.heappush(heap, entry)
-        if target < 0:
-            target = len(bins)
+        need, more = length[i], count[i]
+        while aside and -aside[0][0] >= need:
+            left, held, b = heapq.heappop(aside)
+            heapq.heappush(heap, (held, capacity + left, b))
+        while heap and heap[0][0] + more <= most and heap[0][1] + need > capacity:
+            held, used, b = heapq.heappop(heap)
+            heapq.heappush(aside, (used - capacity, held, b))
+        if heap and heap[0][0] + more <= most:
+            held, used, b = heap[0]
+            heapq.heapreplace(heap, (held + more, used + need, b))
+        else:
+            b = len(bins)
             bins.append([])
-            free.append(capacity)
-            heapq.heappush(heap, (int(tiles[i]), target))
-        bins[target].append(i)
-        free[target] -= int(tokens[i])
-    return [held for held in _fill(text_only, tokens, capacity, bins) if held]
+            heapq.heappush(heap, (more, need, b))
+        bins[b].append(i)
+    by_tokens = [(used, b) for _, used, b in heap] + [(capacity + left, b) for left, _, b in aside]
+    heapq.heapify(by_tokens)
+    for i in text_only[len(long) :]:
+        used, b = by_tokens[0]
+        if used + length[i] <= capacity:
+            heapq.heapreplace(by_tokens, (used + length[i], b))
+        else:
+            b = len(bins)
+            bins.append([])
+            heapq.heappush(by_tokens, (length[i], b))
+        bins[b].append(i)
+    return [held for held in bins if held]
+
+
+def fill_bins(
+    tokens: NDArray[np.int64], tiles: NDArray[np.int64], capacity: int, tile_capacity: int | None = None
+) -> list[list[int]]:
+    """`twin`, unless best-fit decreasing needs clearly fewer bins: with few bins one less may be a whole micro-step.
+
+    Raises ValueError when a sample does not fit any bin; the index has dropped such samples.
+    """
+    if len(tokens) and int(tokens.max()) > capacity:
+        raise ValueError(f"a sample of {int(tokens.max())} tokens does not fit a pack of {capacity}")
+    if tile_capacity is not None and len(tiles) and int(tiles.max()) > tile_capacity:
+        raise ValueError(f"a sample of {int(tiles.max())} tiles does not fit a pack of {tile_capacity}")
+    if not len(tokens):
+        return []
+    balanced = twin(tokens, tiles, capacity, tile_capacity)
+    if tile_capacity is not None or len(balanced) <= -(-int(tokens.sum()) // capacity):
+        return balanced  # none can need fewer
+    tight = best_fit(tokens, capacity)
+    return balanced if len(balanced) <= len(tight) + len(tight) // _MANY else tight
 
 
 def _fill(order: list[int], tokens: NDArray[np.int64], capacity: int, bins: list[list[int]]) -> list[list[int]]:
@@ -115,26 +162,34 @@ def _fill(order: list[int], tokens: NDArray[np.int64], capacity: int, bins: list
 
 
 def pack(
-    samples: Sequence[SampleRef], tokens: NDArray[np.int64], tiles: NDArray[np.int64], capacity: int, cost: Cost
+    samples: Sequence[SampleRef],
+    tokens: NDArray[np.int64],
+    tiles: NDArray[np.int64],
+    capacity: int,
+    cost: Cost,
+    tile_capacity: int | None = None,
 ) -> list[Pack]:
     """Packs of at most `capacity` tokens that hold each sample exactly once; the costliest pack first.
 
-    `twin`, unless it needs more packs than best-fit decreasing (small capacities). Raises ValueError when a sample does
-    not fit any pack; the index has dropped such samples.
+    Raises ValueError when a sample does not fit any pack; the index has dropped such samples.
     """
-    if len(tokens) and int(tokens.max()) > capacity:
-        raise ValueError(f"a sample of {int(tokens.max())} tokens does not fit a pack of {capacity}")
-    if not len(samples):
-        return []
-    tight, balanced = best_fit(tokens, capacity), twin(tokens, tiles, capacity)
-    bins = balanced if len(balanced) <= len(tight) else tight
-    packs = []
-    for held in bins:
-        lengths = tokens[held].astype(np.float64)
-        num_tiles = int(tiles[held].sum())
-        price = cost.per_token * lengths.sum() + cost.per_square * (lengths**2).sum() + cost.per_tile * num_tiles
-        packs.append(Pack(tuple(samples[i] for i in held), int(tokens[held].sum()), num_tiles, float(price)))
-    return sorted(packs, key=lambda p: -p.cost)  # stable: equal costs stay in bin order
+    bins = fill_bins(tokens, tiles, capacity, tile_capacity)
+    return by_cost([make_pack(samples, tokens, tiles, held, cost) for held in bins])
+
+
+def make_pack(
+    samples: Sequence[SampleRef], tokens: NDArray[np.int64], tiles: NDArray[np.int64], held: Sequence[int], cost: Cost
+) -> Pack:
+    """The pack of the samples numbered `held`."""
+    lengths = tokens[held].astype(np.float64)
+    num_tiles = int(tiles[held].sum())
+    price = cost.per_token * lengths.sum() + cost.per_square * (lengths**2).sum() + cost.per_tile * num_tiles
+    return Pack(tuple(samples[i] for i in held), int(tokens[held].sum()), num_tiles, float(price))
+
+
+def by_cost(packs: Sequence[Pack]) -> list[Pack]:
+    """The costliest first; equal costs stay in their order."""
+    return sorted(packs, key=lambda p: -p.cost)
 
 
 def deal(packs: Sequence[Pack], world_size: int, micro_batch_size: int) -> list[list[list[Pack]]]:
@@ -153,3 +208,52 @@ def deal(packs: Sequence[Pack], world_size: int, micro_batch_size: int) -> list[
             ranks[seat if lap % 2 == 0 else world_size - 1 - seat].append(item)  # back and forth evens out the cost
         dealt.append([held or [NULL_PACK] for held in ranks])
     return dealt
+
+
+# ------------------------------------------------------------------------------------------------------------ balance
+
+
+class Balance(NamedTuple):
+    """How evenly the ranks of a step are loaded; 1.0 is perfect.
+
+    tokens, tiles: sum over micro-steps of the most that any rank has, by the sum over micro-steps of the mean. With
+    2.0 half of the ranks' time goes by in waiting for the slowest, as far as the decoder (the tower) is concerned.
+    Tokens of a null pack count as none.
+    """
+
+    tokens: float
+    tiles: float
+
+
+def balance(dealt: Sequence[Sequence[Sequence[Pack]]]) -> Balance:
+    """The balance of a step as `deal` made it. Example, two ranks with 3 and 1 tiles: 3 / 2 = 1.5."""
+    tokens = [[sum(p.tokens for p in held if not p.is_null) for held in ranks] for ranks in dealt]
+    tiles = [[sum(p.tiles for p in held) for held in ranks] for ranks in dealt]
+
+    def ratio(loads: list[list[int]]) -> float:
+        total = sum(map(sum, loads))
+        return sum(max(ranks) * len(ranks) for ranks in loads) / total if total else 1.0
+
+    return Balance(ratio(tokens), ratio(tiles))
+
+
+def utilisation(dealt: Sequence[Sequence[Sequence[Pack]]], cost: Cost) -> float:
+    """Share of the ranks' time that is work, where they wait for each other after the tower and after the decoder.
+
+        sum of all work / (ranks x sum over micro-steps of (longest tower + longest decoder))
+
+    The work of a pack is `Cost`'s; sums over several steps come from `work_and_time`.
+    """
+    work, spent = work_and_time(dealt, cost)
+    return work / spent if spent else 1.0
+
+
+def work_and_time(dealt: Sequence[Sequence[Sequence[Pack]]], cost: Cost) -> tuple[float, float]:
+    """(work of all ranks, ranks x time until the last is done) of a step, in `Cost`'s units."""
+    work = spent = 0.0
+    for ranks in dealt:
+        tower = [sum(cost.per_tile * p.tiles for p in held) for held in ranks]
+        decoder = [sum(p.cost - cost.per_tile * p.tiles for p in held) for held in ranks]
+        work += sum(tower) + sum(decoder)
+        spent += len(ranks) * (max(tower) + max(decoder))
+    return work, spent

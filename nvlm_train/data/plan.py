@@ -11,8 +11,10 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +24,29 @@ from nvlm_train.data import chat, packing, tiling
 from nvlm_train.data.fit import shorten
 from nvlm_train.data.images import AUGMENTATIONS, BadSample, open_image, read_file
 from nvlm_train.data.index import IndexSettings, SourceIndex, line_hash, open_index
-from nvlm_train.data.mixture import Mixture
-from nvlm_train.data.packing import Pack
+from nvlm_train.data.mixture import Draws, Mixture
+from nvlm_train.data.packing import Balance, Pack
 from nvlm_train.data.slow import SlowReads
 from nvlm_train.data.sources import JsonlSource, parse_line
 from nvlm_train.data.tokenizer import ChatTokenizer, load_tokenizer
+from nvlm_train.data.windows import (
+    Column,
+    RunLength,
+    Steps,
+    Windows,
+    first_packs,
+    locate,
+    resolve_steps,
+    window_samples,
+)
 from nvlm_train.errors import DataError
 from nvlm_train.log import get_logger
 from nvlm_train.recipe import schema
 
 log = get_logger(__name__)
+
+STATE_VERSION = 1
+TOO_MANY_TILES = "more tiles than pack_tiles"
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,42 @@ class LoadedSample:
     ref: SampleRef
     rendered: chat.Rendered
     tiles: list[NDArray[np.uint8]]  # one u8[t, 3, px, px] per image
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What some steps hold on average, and what the cost model says of them.
+
+    efficiency: tokens of samples by tokens that their packs could hold. null_share: of all packs that ranks run.
+    balance: mean over the steps. utilisation: see `packing.utilisation`.
+    """
+
+    steps: int
+    samples_per_step: float
+    packs_per_step: float
+    tokens_per_step: float
+    tiles_per_step: float
+    efficiency: float
+    null_share: float
+    balance: Balance
+    utilisation: float
+
+
+def order_digest(
+    names: Sequence[str],
+    order: Sequence[str],
+    limits: Sequence[Any],
+    settings: IndexSettings,
+    indexes: Mapping[str, SourceIndex],
+    train_rows: Mapping[str, NDArray[np.int64]],
+) -> str:
+    """16 hex digits of everything that an order depends on; not the paths, because data may be moved."""
+    digest = hashlib.sha256(json.dumps([names, order, limits, settings.key_parts()], sort_keys=True).encode())
+    for name in names:
+        rows = indexes[name].rows[train_rows[name]]
+        for column in ("hash", "tokens", "tiles", "max_tiles"):
+            digest.update(np.ascontiguousarray(rows[column]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -63,27 +114,75 @@ class DataPlan:
     train_rows: Mapping[str, NDArray[np.int64]]
     held_out: Mapping[str, NDArray[np.int64]]
     cost: packing.Cost
+    windows: Windows
+    steps: Steps
     dropped_at_index: dict[tuple[str, str], int] = field(default_factory=dict)
     fewer_tiles: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
+    _dealt: dict[int, list[list[list[Pack]]]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def fingerprint(self) -> str:
         """Equal for two plans that yield the same samples in the same order and packs."""
         order = [str(share) for share in self.mixture.shares]
-        limits = [self.mixture.seed, self.recipe.global_batch.samples, self.recipe.data.pack_tokens]
-        settings = self.settings.key_parts()
-        digest = hashlib.sha256(json.dumps([self.mixture.names, order, limits, settings], sort_keys=True).encode())
-        for name in self.mixture.names:
-            rows = self.indexes[name].rows[self.train_rows[name]]
-            for column in ("hash", "tokens", "tiles", "max_tiles"):  # not the paths: data may be moved
-                digest.update(np.ascontiguousarray(rows[column]).tobytes())
-        return digest.hexdigest()[:16]
+        batch = self.recipe.global_batch
+        limits: list[Any] = [self.mixture.seed, batch.samples, self.recipe.data.pack_tokens]
+        if batch.packs is not None:  # the samples of a step are those of its packs
+            limits += [batch.packs, self.recipe.data.pack_tiles, self.windows.size, packing.VERSION]
+        if any(limit is not None for limit in self.mixture.limits):
+            limits.append(self.mixture.limits)
+        return order_digest(self.mixture.names, order, limits, self.settings, self.indexes, self.train_rows)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.steps.number
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all steps of the run; in steps of packs exact up to the last window."""
+        samples, packs = self.recipe.global_batch.samples, self.recipe.global_batch.packs
+        if samples is not None:
+            return samples * self.num_steps
+        assert packs is not None
+        return self._positions(packs * self.num_steps)
+
+    def _positions(self, pack: int) -> int:
+        """About the position of the order where a pack stands: that of its window, and the same share of it."""
+        window, offset = locate(self._first_packs, pack)
+        if window >= len(self.steps.table):
+            return min(window * self.windows.size, self.mixture.length or window * self.windows.size)
+        return window * self.windows.size + round(self.windows.size * offset / int(self.steps.table[window, 0]))
+
+    @cached_property
+    def _first_packs(self) -> NDArray[np.int64]:
+        return first_packs(self.steps.table)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the data stands before `step`: the same on all ranks, under 1 kB, for a checkpoint.
+
+        Everything follows from `step`; the rest lets a resume notice that it would not go on where the run stopped.
+        """
+        found: dict[str, Any] = {
+            "version": STATE_VERSION,
+            "seed": self.mixture.seed,
+            "fingerprint": self.fingerprint,
+            "step": step,
+        }
+        if self.recipe.global_batch.packs is None:
+            return found | {"position": step * (self.recipe.global_batch.samples or 0)}
+        window, pack = locate(self._first_packs, step * self.recipe.global_batch.packs)
+        return found | {"window": window, "pack_in_window": pack}
 
     def draws(self, step: int) -> list[SampleRef]:
-        """The samples of a step: positions step*N to (step+1)*N - 1 of the mixture, N = global_batch.samples."""
+        """The samples of a step: positions step*N to (step+1)*N - 1 of the mixture, N = global_batch.samples; where a
+        step is a number of packs, the samples of its packs."""
         size = self.recipe.global_batch.samples
-        drawn = self.mixture.draws(step * size, (step + 1) * size)
+        if size is None:
+            return [ref for item in self.plan_step(step) for ref in item.samples]
+        return self._refs(self.mixture.draws(step * size, (step + 1) * size))
+
+    def _refs(self, drawn: Draws) -> list[SampleRef]:
         names = self.mixture.names
         return [
             SampleRef(names[d], int(self.train_rows[names[d]][row]), epoch)
@@ -91,12 +190,59 @@ class DataPlan:
         ]
 
     def plan_step(self, step: int) -> list[Pack]:
-        """The packs of a step, the same on every rank and for every number of ranks."""
-        return self._pack(self.draws(step))
+        """The packs of a step, the same on every rank and for every number of ranks; the costliest first."""
+        packs = self.recipe.global_batch.packs
+        if packs is None:
+            return self._pack(self.draws(step))
+        found: list[Pack] = []
+        window, begin = locate(self._first_packs, step * packs)
+        while len(found) < packs:  # a step may end in another window than it began in
+            planned = self.windows.plan(window)
+            for held in planned.packs[begin : begin + packs - len(found)]:
+                number = np.array(held)
+                refs = self._refs(Draws(*(column[number] for column in planned.draws)))
+                tokens, tiles = planned.tokens[number], planned.tiles[number]
+                found.append(packing.make_pack(refs, tokens, tiles, range(len(refs)), self.cost))
+            window, begin = window + 1, 0
+        return packing.by_cost(found)
 
     def deal_step(self, step: int) -> list[list[list[Pack]]]:
         """The step's packs as [micro_step][rank] -> packs."""
-        return packing.deal(self.plan_step(step), self.world_size, self.recipe.micro_batch_size)
+        dealt = self._dealt.get(step)
+        if dealt is None:
+            dealt = packing.deal(self.plan_step(step), self.world_size, self.recipe.micro_batch_size)
+            while len(self._dealt) > self.recipe.data.prefetch_steps + 2:  # asked for again when the step is recorded
+                self._dealt.pop(next(iter(self._dealt)), None)
+            self._dealt[step] = dealt
+        return dealt
+
+    def balance(self, step: int) -> Balance:
+        """How evenly a step loads the ranks, from the plan alone; holes of bad samples are not known to it."""
+        return packing.balance(self.deal_step(step))
+
+    def predict(self, num_steps: int, first: int = 0) -> Prediction:
+        """What a run's `num_steps` steps from `first` hold and how well they use the ranks, predicted."""
+        dealt = [self.deal_step(step) for step in range(first, min(first + num_steps, self.num_steps))]
+        packs = [item for ranks in dealt for held in ranks for row in held for item in row]
+        real = [item for item in packs if not item.is_null]
+        pairs = [packing.work_and_time(ranks, self.cost) for ranks in dealt]
+        spent = sum(time_ for _, time_ in pairs)
+        balances = [packing.balance(ranks) for ranks in dealt]
+        steps = max(len(dealt), 1)
+        return Prediction(
+            steps=len(dealt),
+            samples_per_step=sum(len(item.samples) for item in real) / steps,
+            packs_per_step=len(real) / steps,
+            tokens_per_step=sum(item.tokens for item in real) / steps,
+            tiles_per_step=sum(item.tiles for item in real) / steps,
+            efficiency=sum(item.tokens for item in real) / max(len(real) * self.recipe.data.pack_tokens, 1),
+            null_share=1 - len(real) / max(len(packs), 1),
+            balance=Balance(
+                sum(b.tokens for b in balances) / steps if balances else 1.0,
+                sum(b.tiles for b in balances) / steps if balances else 1.0,
+            ),
+            utilisation=sum(work for work, _ in pairs) / spent if spent else 1.0,
+        )
 
     def validation_sources(self) -> list[str]:
         """What can be validated on: validation.sources, and the sources of the mixture that have a held-out part."""
@@ -117,7 +263,8 @@ class DataPlan:
         rows = [self.indexes[ref.source].rows[ref.row] for ref in refs]
         tokens = np.array([row["tokens"] for row in rows], dtype=np.int64)
         tiles = np.array([row["tiles"] for row in rows], dtype=np.int64)
-        return packing.pack(refs, tokens, tiles, self.recipe.data.pack_tokens, self.cost)
+        data = self.recipe.data
+        return packing.pack(refs, tokens, tiles, data.pack_tokens, self.cost, data.pack_tiles)
 
     def chunks(self, ranks: Sequence[Sequence[Pack]]) -> int:
         """How often every rank runs a tower inside the engine in a micro-step: the most that any rank's tiles need."""
@@ -214,6 +361,23 @@ def open_data(recipe: schema.Recipe, *, rank: int, world_size: int) -> DataPlan:
             log.warning("source %r: held_out_share %g takes none of its %d samples", name, share, len(apart))
     for name in validation.sources if validation else ():
         held_out[name] = np.arange(len(indexes[name].rows), dtype=np.int64)
+    dropped = {(n, reason): count for n, index in indexes.items() for reason, count in index.dropped.items()}
+    if recipe.data.pack_tiles is not None:
+        for chosen in (train_rows, held_out):
+            _drop_tiles(chosen, indexes, recipe.data, dropped)
+    mixture = Mixture(
+        recipe.seed,
+        {name: len(rows) for name, rows in train_rows.items()},
+        _weights(recipe.data, indexes, train_rows),
+        {name: source.max_epochs for name, source in recipe.data.mixture.items()},
+    )
+    order = Windows(
+        mixture,
+        [Column(indexes[n].rows["tokens"], indexes[n].rows["tiles"], train_rows[n]) for n in mixture.names],
+        recipe.data.pack_tokens,
+        recipe.data.pack_tiles,
+        window_samples(sum(mixture.sizes)),
+    )
     return DataPlan(
         recipe=recipe,
         rank=rank,
@@ -222,20 +386,77 @@ def open_data(recipe: schema.Recipe, *, rank: int, world_size: int) -> DataPlan:
         settings=settings,
         sources=sources,
         indexes=indexes,
-        mixture=Mixture(
-            recipe.seed,
-            {name: len(rows) for name, rows in train_rows.items()},
-            {name: source.weight for name, source in recipe.data.mixture.items()},
-        ),
+        mixture=mixture,
         train_rows=train_rows,
         held_out=held_out,
         cost=packing.Cost.of(recipe),
-        dropped_at_index={
-            (n, reason): count for n, index in indexes.items() for reason, count in index.dropped.items()
-        },
+        windows=order,
+        steps=_steps(recipe, order, settings, indexes, train_rows, index_dir, rank),
+        dropped_at_index=dropped,
         fewer_tiles={n: index.fewer_tiles for n, index in indexes.items() if index.fewer_tiles},
         truncated={n: index.truncated for n, index in indexes.items() if index.truncated},
     )
+
+
+def _weights(
+    data: schema.Data, indexes: Mapping[str, SourceIndex], train_rows: Mapping[str, NDArray[np.int64]]
+) -> dict[str, Fraction]:
+    """Shares of samples: as given, or a share of tokens by the mean length of the source's samples."""
+    weights = {name: Fraction(source.weight) for name, source in data.mixture.items()}
+    if data.weight_unit == "tokens":
+        for name, rows in train_rows.items():
+            weights[name] *= Fraction(len(rows), int(indexes[name].rows["tokens"][rows].sum(dtype=np.int64)))
+    return weights
+
+
+def _drop_tiles(
+    chosen: dict[str, NDArray[np.int64]],
+    indexes: Mapping[str, SourceIndex],
+    data: schema.Data,
+    dropped: dict[tuple[str, str], int],
+) -> None:
+    """Leaves out the samples that have more tiles than a pack may hold, and counts them."""
+    for name, rows in chosen.items():
+        fits = indexes[name].rows["tiles"][rows] <= data.pack_tiles
+        if fits.all():
+            continue
+        count = int(len(rows) - fits.sum())
+        if data.overlong == "error" or count == len(rows):
+            raise DataError(
+                f"source {name!r}: {count} of {len(rows)} samples have more tiles than data.pack_tiles "
+                f"{data.pack_tiles}; raise it to {int(indexes[name].rows['tiles'][rows].max())} or more, or lower "
+                "data.tiling.max_tiles."
+            )
+        log.warning("source %r: %d dropped as having %s %d", name, count, TOO_MANY_TILES, data.pack_tiles)
+        dropped[name, TOO_MANY_TILES] = dropped.get((name, TOO_MANY_TILES), 0) + count
+        chosen[name] = rows[fits]
+
+
+def _steps(
+    recipe: schema.Recipe,
+    order: Windows,
+    settings: IndexSettings,
+    indexes: Mapping[str, SourceIndex],
+    train_rows: Mapping[str, NDArray[np.int64]],
+    index_dir: Path,
+    rank: int,
+) -> Steps:
+    """How many steps the run has; counts the packs of its windows where that is needed."""
+    mixture, batch = order.mixture, recipe.global_batch
+    length = RunLength.of(
+        max_steps=recipe.max_steps,
+        max_samples=recipe.max_samples,
+        max_tokens=recipe.max_tokens,
+        num_epochs=recipe.num_epochs,
+        rows=sum(mixture.sizes),
+    )
+    table = index_dir / "windows"
+    if batch.packs is not None or length.tokens is not None:
+        kind = "packs" if batch.packs is not None else "tokens"
+        limits = [kind, mixture.seed, order.capacity, order.tile_capacity, order.size, mixture.limits, packing.VERSION]
+        shares = [str(share) for share in mixture.shares]
+        table /= f"{order_digest(mixture.names, shares, limits, settings, indexes, train_rows)}.npy"
+    return resolve_steps(order, length, samples=batch.samples, packs=batch.packs, file=table, rank=rank)
 
 
 def _report(index: SourceIndex, index_dir: Path, seconds: float) -> None:

@@ -124,8 +124,7 @@ def model_card(
         "## Training",
         "",
         f"- recipe hash: {recipe_hash or 'not recorded'}",
-        f"- steps: {'not recorded' if step is None else step} of {recipe.get('max_steps', 'not recorded')}, "
-        f"{(recipe.get('global_batch') or {}).get('samples', 'an unrecorded number of')} samples each",
+        f"- steps: {'not recorded' if step is None else step} of {_length(recipe)}, {_step(recipe)} each",
         "- trained: " + _trained(recipe),
         f"- weights exported as: {dtype}",
         "",
@@ -140,6 +139,21 @@ def model_card(
     ]
     body += ["", f"Licence of these weights: {license or 'not stated; the parts above set the terms'}.", ""]
     return "\n".join(head + body)
+
+
+def _length(recipe: dict[str, Any]) -> str:
+    """The run's length as the recipe gives it; a number alone is one of steps."""
+    if recipe.get("max_steps") is not None:
+        return str(recipe["max_steps"])
+    given = [name for name in ("max_samples", "max_tokens", "num_epochs") if recipe.get(name) is not None]
+    return f"a run of {given[0]} {recipe[given[0]]}" if given else "not recorded"
+
+
+def _step(recipe: dict[str, Any]) -> str:
+    batch = recipe.get("global_batch") or {}
+    if batch.get("packs") is not None:
+        return f"{batch['packs']} packs"
+    return f"{batch.get('samples', 'an unrecorded number of')} samples"
 
 
 def _trained(recipe: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ FOREIGN: tuple[Foreign, ...] = (
         ("warmup_ratio", "lr_warmup_fraction"),
         _tools(_HF, _LF, _SWIFT, _AXO, _MEG),
         "schedule.warmup_steps",
-        "a number below 1 is a share of max_steps",
+        "a number below 1 is a share of the run's steps",
     ),
     Foreign(
         ("lr_warmup_iters", "lr_warmup_samples"),
@@ -69,16 +69,16 @@ FOREIGN: tuple[Foreign, ...] = (
         ("lr_decay_iters", "lr_decay_samples"), _MEG, "schedule.decay_steps", "in steps: samples / global_batch.samples"
     ),
     Foreign(
-        ("train_iters", "train_samples", "num_steps", "total_steps"),
+        ("train_iters", "num_steps", "total_steps"),
         _MEG,
         "max_steps",
-        "in steps: samples / global_batch.samples",
     ),
+    Foreign(("train_samples",), _MEG, "max_samples"),
     Foreign(
-        ("num_train_epochs", "num_epochs", "epochs"),
+        ("num_train_epochs", "epochs"),
         _tools(_HF, _LF, _SWIFT, _AXO, _IVL),
-        "max_steps",
-        "the length of a run is counted in steps of global_batch.samples",
+        "num_epochs",
+        "of all sources together; a source's weight says how often its own samples come",
     ),
     Foreign(
         ("adam_beta1", "adam_beta2", "adam_betas"),

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from nvlm_train.errors import RecipeError
 from nvlm_train.recipe.foreign_names import answer
-from nvlm_train.recipe.schema import REQUIRED, Key, Misfit, Recipe, Section, all_keys
+from nvlm_train.recipe.schema import ONE_OF, REQUIRED, Key, Misfit, Recipe, Section, all_keys
 from nvlm_train.recipe.yaml import Origin, Value, describe, parse_yaml, read_yaml, scalar
 
 Place = tuple[Any, ...]  # a place in a recipe: ("data", "mixture", "coco", "weight"), ("optimizer", "betas", 0)
@@ -268,7 +268,10 @@ def _explain(error: ValidationError, tree: Value, plain: dict[str, Any], shown: 
         else:
             key = find_key(place[:-1] if place and isinstance(place[-1], int) else place)  # an item is told by its list
             _add(problems, _line(tree, place, shown, _wrong_value(item, key, place)))
-            if place and _has_default(place) and place[-1] != "preset":  # without it every size would be missing
+            if place in ONE_OF:  # without it none of them would be there, which is no second mistake
+                _put(plain, place, 1)
+                repaired = True
+            elif place and _has_default(place) and place[-1] != "preset":  # without it every size would be missing
                 _take(plain, place)
                 repaired = True
     return repaired

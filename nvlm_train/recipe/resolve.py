@@ -15,7 +15,7 @@ from nvlm_train.engine.memory import predict_memory
 from nvlm_train.errors import RecipeError
 from nvlm_train.model.flops import MODULES, Flops, count_flops, count_parameters
 from nvlm_train.recipe.load import find_key, flatten
-from nvlm_train.recipe.schema import REQUIRED, Recipe, Section, all_keys
+from nvlm_train.recipe.schema import REQUIRED, RUN_LENGTHS, Recipe, Section, all_keys
 from nvlm_train.recipe.yaml import describe
 
 NULL_SHARE_WARNING = 0.05  # of the slots of a step that may hold null packs without a warning
@@ -23,17 +23,18 @@ NULL_SHARE_WARNING = 0.05  # of the slots of a step that may hold null packs wit
 
 @dataclass(frozen=True)
 class BatchArithmetic:
-    """How the samples of a step fill the ranks.
+    """How the samples of a step, or its packs, fill the ranks; the other one of the two is None.
 
-    Lengths are in the data, so packs per step are bounded here and known exactly only from the length index:
-    `max_packs` is reached when every sample has max_tokens_per_sample.
+    Lengths are in the data, so the packs of a number of samples are bounded here and known exactly only from the length
+    index: `max_packs` is reached when every sample has max_tokens_per_sample.
 
     slots_per_micro_step: ranks x micro_batch_size, the packs that one micro-step can hold.
     max_micro_steps: ceil(max_packs / slots_per_micro_step); a step never has more (accumulation, in other tools).
     max_null_share: share of null packs among the slots of such a step.
     """
 
-    samples: int
+    samples: int | None
+    packs: int | None
     world_size: int
     micro_batch_size: int
     pack_tokens: int
@@ -49,6 +50,8 @@ class Resolved:
     """A recipe on a number of ranks; every figure that follows from the two alone.
 
     recipe_hash: the same for two recipes that differ in `free` keys only.
+    num_steps: optimizer steps of the run; None where they are known after indexing only.
+    warmup_steps, decay_steps: of the schedule; None where they depend on num_steps and that is not known.
     module_lr: peak learning rate of each trained module.
     parameters: {"total" | "trainable": {module: count}}.
     memory: predicted bytes per rank by kind (`engine.memory.KINDS`) and `total`.
@@ -58,8 +61,9 @@ class Resolved:
     recipe: Recipe
     world_size: int
     recipe_hash: str
-    warmup_steps: int
-    decay_steps: int
+    num_steps: int | None
+    warmup_steps: int | None
+    decay_steps: int | None
     module_lr: dict[str, float]
     batch: BatchArithmetic
     parameters: dict[str, dict[str, int]]
@@ -69,22 +73,26 @@ class Resolved:
     warnings: tuple[str, ...]
 
 
-def resolve(recipe: Recipe, world_size: int) -> Resolved:
-    """The recipe on `world_size` ranks. Raises RecipeError where the ranks cannot be filled."""
+def resolve(recipe: Recipe, world_size: int, num_steps: int | None = None) -> Resolved:
+    """The recipe on `world_size` ranks, `num_steps` of the run being known from its data or from `known_steps`.
+
+    Raises RecipeError where the ranks cannot be filled.
+    """
     if recipe.validation is not None and not recipe.validation.sources and not recipe.validation.held_out_share:
         raise RecipeError(
             "validation: names nothing to validate on; give validation.sources, or validation.held_out_share above 0"
         )
     batch = batch_arithmetic(recipe, world_size)
-    decay_steps = recipe.schedule.decay_steps or recipe.max_steps
+    num_steps = num_steps if num_steps is not None else known_steps(recipe)
     counts = count_parameters(recipe.model)
     trained = [module for module in MODULES if getattr(recipe.train, module) == "full"]
     return Resolved(
         recipe=recipe,
         world_size=world_size,
         recipe_hash=recipe_hash(recipe),
-        warmup_steps=warmup_steps(recipe),
-        decay_steps=decay_steps,
+        num_steps=num_steps,
+        warmup_steps=warmup_steps(recipe, num_steps),
+        decay_steps=recipe.schedule.decay_steps or num_steps,
         module_lr={module: getattr(recipe.optimizer.module_lr, module) or recipe.optimizer.lr for module in trained},
         batch=batch,
         parameters={
@@ -96,16 +104,22 @@ def resolve(recipe: Recipe, world_size: int) -> Resolved:
         ),
         deepspeed=deepspeed_config(recipe),
         memory=predict_memory(recipe, world_size, counts),
-        warnings=_warnings(recipe, batch),
+        warnings=_warnings(recipe, batch, num_steps),
     )
 
 
 def batch_arithmetic(recipe: Recipe, world_size: int) -> BatchArithmetic:
-    """How a step fills the ranks. Raises RecipeError where a step has fewer samples than there are ranks."""
-    samples, micro = recipe.global_batch.samples, recipe.micro_batch_size
+    """How a step fills the ranks. Raises RecipeError where a step has fewer samples, or packs, than there are ranks."""
+    samples, packs, micro = recipe.global_batch.samples, recipe.global_batch.packs, recipe.micro_batch_size
     if world_size < 1:
         raise RecipeError(f"world size: {world_size} is not a number of ranks; use 1 or more")
-    if samples < world_size:
+    if packs is not None and packs < world_size:
+        raise RecipeError(
+            f"global_batch.packs: {packs} cannot fill {world_size} ranks: a rank needs a pack in each step, and "
+            f"{world_size - packs} would never have one; use global_batch.packs={world_size} or more, or start on "
+            f"{packs} rank{'s' if packs > 1 else ''} or fewer"
+        )
+    if samples is not None and samples < world_size:
         raise RecipeError(
             f"global_batch.samples: {samples} cannot fill {world_size} ranks: a rank needs a sample in each step, and "
             f"{world_size - samples} would never have one; use global_batch.samples={world_size} or more, or start on "
@@ -113,10 +127,12 @@ def batch_arithmetic(recipe: Recipe, world_size: int) -> BatchArithmetic:
         )
     slots = world_size * micro
     samples_per_pack = recipe.data.pack_tokens // recipe.data.max_tokens_per_sample
-    max_packs = math.ceil(samples / samples_per_pack)
+    max_packs = packs if samples is None else math.ceil(samples / samples_per_pack)
+    assert max_packs is not None  # the schema: one of the two is given
     micro_steps = math.ceil(max_packs / slots)
     return BatchArithmetic(
         samples=samples,
+        packs=packs,
         world_size=world_size,
         micro_batch_size=micro,
         pack_tokens=recipe.data.pack_tokens,
@@ -124,13 +140,23 @@ def batch_arithmetic(recipe: Recipe, world_size: int) -> BatchArithmetic:
         max_packs=max_packs,
         max_micro_steps=micro_steps,
         max_null_share=1 - max_packs / (micro_steps * slots),
-        max_tokens=samples * recipe.data.max_tokens_per_sample,
+        max_tokens=max_packs * recipe.data.pack_tokens
+        if samples is None
+        else samples * recipe.data.max_tokens_per_sample,
     )
 
 
-def _warnings(recipe: Recipe, batch: BatchArithmetic) -> tuple[str, ...]:
+def _warnings(recipe: Recipe, batch: BatchArithmetic, num_steps: int | None) -> tuple[str, ...]:
     warnings = []
-    if batch.max_null_share > NULL_SHARE_WARNING:
+    if batch.max_null_share > NULL_SHARE_WARNING and batch.packs is not None:
+        below = batch.packs // batch.slots_per_micro_step * batch.slots_per_micro_step
+        legal = [str(packs) for packs in (below, below + batch.slots_per_micro_step) if packs]
+        warnings.append(
+            f"global_batch.packs {batch.packs}: {batch.max_null_share:.0%} of the slots of a step hold null packs "
+            f"({batch.max_micro_steps} micro-steps of {batch.slots_per_micro_step}); {' or '.join(legal)} packs would "
+            "fill them"
+        )
+    elif batch.max_null_share > NULL_SHARE_WARNING:
         below = batch.max_packs // batch.slots_per_micro_step * batch.slots_per_micro_step
         above = below + batch.slots_per_micro_step
         per_pack = recipe.data.pack_tokens // recipe.data.max_tokens_per_sample
@@ -140,20 +166,33 @@ def _warnings(recipe: Recipe, batch: BatchArithmetic) -> tuple[str, ...]:
             f"when all samples are of full length ({batch.max_packs} packs in {batch.max_micro_steps} micro-steps of "
             f"{batch.slots_per_micro_step}); {' or '.join(legal)} samples would fill them"
         )
-    if warmup_steps(recipe) > recipe.max_steps:
-        warnings.append(
-            f"schedule.warmup_steps {warmup_steps(recipe)}: the run ends in the warm-up, at step {recipe.max_steps}"
-        )
+    warmup = warmup_steps(recipe, num_steps)
+    if num_steps is not None and warmup is not None and warmup > num_steps:
+        warnings.append(f"schedule.warmup_steps {warmup}: the run ends in the warm-up, at step {num_steps}")
     return tuple(warnings)
 
 
 # ------------------------------------------------------------------------------------------------------------- schedule
 
 
-def warmup_steps(recipe: Recipe) -> int:
-    """Steps of warm-up: as given, or the given share of max_steps, rounded."""
+def known_steps(recipe: Recipe) -> int | None:
+    """Steps of the run as far as the recipe alone tells; None: known after indexing (`data.windows.run_steps`)."""
+    if recipe.max_samples is not None and recipe.global_batch.samples is not None:
+        return -(-recipe.max_samples // recipe.global_batch.samples)
+    return recipe.max_steps
+
+
+def run_length(recipe: Recipe) -> str:
+    """The length of the run as the recipe gives it: `num_epochs 3.0`."""
+    return next(f"{name} {getattr(recipe, name)}" for name in RUN_LENGTHS if getattr(recipe, name) is not None)
+
+
+def warmup_steps(recipe: Recipe, num_steps: int | None) -> int | None:
+    """Steps of warm-up: as given, or the given share of the run's steps, rounded; None where these are not known."""
     steps = recipe.schedule.warmup_steps
-    return steps if isinstance(steps, int) else round(steps * recipe.max_steps)
+    if isinstance(steps, int):
+        return steps
+    return None if num_steps is None else round(steps * num_steps)
 
 
 def lr_factor(step: int, warmup_steps: int, decay_steps: int, name: str, min_ratio: float) -> float:
@@ -161,8 +200,8 @@ def lr_factor(step: int, warmup_steps: int, decay_steps: int, name: str, min_rat
 
     step counts from 0, and its update is number n = step + 1: n / warmup_steps while n <= warmup_steps, so that the
     first update already moves and update `warmup_steps` is the first at the peak. Then `constant` stays at 1, and
-    `cosine` falls to min_ratio, which update `decay_steps` (the last, when decay_steps is max_steps) and all later ones
-    have:  min + (1 - min) (1 + cos(pi (n - warmup) / (decay - warmup))) / 2.
+    `cosine` falls to min_ratio, which update `decay_steps` (the last one, unless the recipe says otherwise) and all
+    later ones have:  min + (1 - min) (1 + cos(pi (n - warmup) / (decay - warmup))) / 2.
 
     Example, cosine with 2 steps of warm-up, 6 of decay, min 0.1: 0.5, 1.0, 0.868, 0.55, 0.232, 0.1, 0.1, ...
     """

@@ -296,7 +296,16 @@ class Source(Section):
     image_root: str | None = key(
         None, doc="Folder that image paths are relative to; default: the file's own folder.", path=True, resume="free"
     )
-    weight: Number = key(1.0, doc="Share of samples, relative to the other sources.", gt=0, resume="ask")
+    weight: Number = key(
+        1.0, doc="Share of samples (or of tokens: data.weight_unit), relative to the other sources.", gt=0, resume="ask"
+    )
+    max_epochs: Number | None = key(
+        None,
+        doc="Times that its samples may come in a run (0.5: half of them); from then on the other sources share its "
+        "part by their weights. Default: no limit.",
+        gt=0,
+        resume="ask",
+    )
     license: str | None = key(None, doc="Licence of the data; travels with every export.", resume="free")
     source: str | None = key(None, doc="Where the data comes from.", resume="free")
 
@@ -305,9 +314,21 @@ class Data(Section):
     """What is trained on, and how it is cut and packed."""
 
     mixture: dict[Name, Source] = key(doc="The sources by name.", resume="ask", min_length=1)
+    weight_unit: Literal["samples", "tokens"] = key(
+        "samples",
+        doc="What a source's weight is its share of. tokens: of the model's tokens, by the mean length of its samples.",
+        resume="ask",
+    )
     tiling: Tiling = key(Tiling(), doc="How images are cut into tiles.", resume="ask")
     max_tokens_per_sample: int = key(doc="A longer sample is handled by `overlong`.", gt=0, resume="ask")
     pack_tokens: int = key(doc="Tokens in one pack: what one row of a micro batch holds.", gt=0, resume="ask")
+    pack_tiles: int | None = key(
+        None,
+        doc="Tiles in one pack at most, beside pack_tokens; a sample with more is dropped and counted. Default: as "
+        "many as the tokens allow.",
+        gt=0,
+        resume="ask",
+    )
     overlong: Literal["drop", "truncate_text", "fewer_tiles", "error"] = key(
         "fewer_tiles",
         doc="A sample longer than max_tokens_per_sample: drop it; cut off text at its end, as far as its last image "
@@ -375,6 +396,22 @@ class Data(Section):
     )
 
     @model_validator(mode="after")
+    def _image_fits_pack(self) -> Data:
+        tiles = self.tiling.max_tiles + (1 if self.tiling.thumbnail and self.tiling.max_tiles > 1 else 0)
+        if self.pack_tiles is not None and self.pack_tiles < tiles:
+            raise Misfit(
+                [
+                    (
+                        "pack_tiles",
+                        f"is less than the {tiles} tiles that one image may have (tiling.max_tiles "
+                        f"{self.tiling.max_tiles}{', and a thumbnail' if tiles > self.tiling.max_tiles else ''}); use "
+                        f"{tiles} or more, or lower tiling.max_tiles",
+                    )
+                ]
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sample_fits_pack(self) -> Data:
         if self.max_tokens_per_sample > self.pack_tokens:
             raise Misfit(
@@ -419,7 +456,35 @@ class Train(Section):
 class GlobalBatch(Section):
     """What one optimizer step is made of. Gradient accumulation follows from it and is never set."""
 
-    samples: int = key(doc="Samples in one optimizer step, over all ranks; exact on any number of ranks.", gt=0)
+    samples: int | None = key(
+        None,
+        doc="Samples in one optimizer step, over all ranks; exact on any number of ranks. Learning rates of papers "
+        "belong to a number of samples.",
+        gt=0,
+    )
+    packs: int | None = key(
+        None,
+        doc="Instead of samples: packs of data.pack_tokens in one optimizer step, over all ranks; exact on any number "
+        "of ranks. A multiple of ranks x micro_batch_size leaves no rank idle.",
+        gt=0,
+    )
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> GlobalBatch:
+        if (self.samples is None) == (self.packs is None):
+            both = self.samples is not None
+            raise Misfit(
+                [
+                    (
+                        "packs" if both else "",
+                        f"stands beside samples {self.samples}, but a step has one unit; remove one of the two "
+                        "(`samples: null` takes back what a parent recipe says)"
+                        if both
+                        else "has no unit; give samples: N (exact learning-rate arithmetic) or packs: N (throughput)",
+                    )
+                ]
+            )
+        return self
 
 
 class ModuleLr(Section):
@@ -446,13 +511,13 @@ class Schedule(Section):
 
     name: Literal["cosine", "constant"] = key("cosine", doc="Shape after the warm-up.", resume="ask")
     warmup_steps: int | float = key(
-        0, doc="Steps of linear warm-up from 0; a number below 1 is a share of max_steps.", ge=0, resume="ask"
+        0, doc="Steps of linear warm-up from 0; a number below 1 is a share of the run's steps.", ge=0, resume="ask"
     )
     min_lr: Number = key(
         0.0, doc="Where cosine ends, for `optimizer.lr`; other groups end at the same share.", ge=0, resume="ask"
     )
     decay_steps: int | None = key(
-        None, doc="Step at which min_lr is reached, warm-up included; default: max_steps.", gt=0, resume="ask"
+        None, doc="Step at which min_lr is reached, warm-up included; default: the last.", gt=0, resume="ask"
     )
 
     @field_validator("warmup_steps", mode="after")
@@ -582,6 +647,10 @@ class Log(Section):
     wandb_project: str = key("nvlm_train", doc="Project name for wandb.", resume="free")
 
 
+RUN_LENGTHS = ("max_steps", "max_samples", "max_tokens", "num_epochs")  # exactly one of them is given
+ONE_OF = (*((name,) for name in RUN_LENGTHS), ("global_batch", "samples"), ("global_batch", "packs"))
+
+
 class Recipe(Section):
     """A whole run, as it was written."""
 
@@ -596,7 +665,25 @@ class Recipe(Section):
     train: Train = key(Train(), doc="Which modules are trained.")
     global_batch: GlobalBatch = key(doc="What one optimizer step is made of.")
     micro_batch_size: int = key(1, doc="Packs per rank in one forward and backward.", gt=0, resume="free")
-    max_steps: int = key(doc="Optimizer steps of the run.", gt=0, resume="ask")
+    max_steps: int | None = key(
+        None, doc="Length of the run: optimizer steps. One of the four lengths is given.", gt=0, resume="ask"
+    )
+    max_samples: int | None = key(
+        None, doc="Length of the run: as many steps as it takes to hold so many samples.", gt=0, resume="ask"
+    )
+    max_tokens: int | None = key(
+        None,
+        doc="Length of the run: as many steps as it takes to hold so many tokens of samples, padding not counted.",
+        gt=0,
+        resume="ask",
+    )
+    num_epochs: Number | None = key(
+        None,
+        doc="Length of the run: so many times the number of samples of all sources together (so a sample comes "
+        "num_epochs times on average; a source's weight says how often its own do).",
+        gt=0,
+        resume="ask",
+    )
     optimizer: Optimizer = key(doc="AdamW and its learning rates.")
     schedule: Schedule = key(Schedule(), doc="Learning-rate schedule.", resume="ask")
     precision: Literal["bf16", "fp32"] = key("bf16", doc="Type of weights and activations; master weights are fp32.")
@@ -621,6 +708,19 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
         problems = []
+        lengths = [name for name in RUN_LENGTHS if getattr(self, name) is not None]
+        if not lengths:
+            problems.append(
+                ("max_steps", "is not given, but a run needs a length; give one of " + ", ".join(RUN_LENGTHS))
+            )
+        for name in lengths[1:]:
+            problems.append(
+                (
+                    name,
+                    f"stands beside {lengths[0]}, but a run has one length; remove one of the two "
+                    f"(`{lengths[0]}: null` takes back what a parent recipe says)",
+                )
+            )
         longest = self.model.language_model.max_position_embeddings
         if self.data.max_tokens_per_sample > longest:
             problems.append(

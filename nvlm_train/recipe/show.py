@@ -12,7 +12,7 @@ from typing import Any
 
 from nvlm_train.errors import RecipeError
 from nvlm_train.recipe.load import flatten, load_recipe
-from nvlm_train.recipe.resolve import Resolved, compare, recipe_to_dict, resolve, resume_of
+from nvlm_train.recipe.resolve import Resolved, compare, recipe_to_dict, resolve, resume_of, run_length
 from nvlm_train.recipe.schema import Recipe, Section, all_keys
 from nvlm_train.recipe.yaml import describe
 
@@ -37,10 +37,9 @@ def check_command(args: Namespace) -> int:
         )
         return 0
     total, trained = (sum(resolved.parameters[kind].values()) for kind in ("total", "trainable"))
-    recipe = resolved.recipe
     print(
         f"ok  {args.recipe}  hash {resolved.recipe_hash}  {_count(total)} parameters, {_count(trained)} trained  "
-        f"{recipe.global_batch.samples} samples a step, {recipe.max_steps} steps"
+        f"{_step_unit(resolved)} a step, {_num_steps(resolved)}"
     )
     for warning in resolved.warnings:
         print(f"warning: {warning}")
@@ -80,6 +79,7 @@ def figures(resolved: Resolved) -> dict[str, Any]:
     return {
         "recipe_hash": resolved.recipe_hash,
         "world_size": resolved.world_size,
+        "num_steps": resolved.num_steps,
         "warmup_steps": resolved.warmup_steps,
         "decay_steps": resolved.decay_steps,
         "module_lr": resolved.module_lr,
@@ -106,13 +106,17 @@ def explain(resolved: Resolved) -> list[str]:
     lines += [
         "",
         f"batch on {batch.world_size} rank{'s' * (batch.world_size > 1)}",
-        f"  a step is {batch.samples} samples, at most {batch.max_packs} packs of {batch.pack_tokens} tokens",
+        f"  a step is {batch.samples} samples, at most {batch.max_packs} packs of {batch.pack_tokens} tokens"
+        if batch.packs is None
+        else f"  a step is {batch.packs} packs of at most {batch.pack_tokens} tokens, its samples known after indexing",
         f"  a micro-step is {batch.world_size} x {batch.micro_batch_size} = {batch.slots_per_micro_step} packs; "
-        f"a step is at most {batch.max_micro_steps} micro-step{'s' * (batch.max_micro_steps > 1)} (the accumulation)",
+        f"a step is {'at most ' if batch.packs is None else ''}{batch.max_micro_steps} "
+        f"micro-step{'s' * (batch.max_micro_steps > 1)} (the accumulation)",
         f"  null packs: {batch.max_null_share:.1%} of the slots of such a step",
-        f"  schedule: {recipe.schedule.name}, warm-up {resolved.warmup_steps} steps"
-        + (f", minimum at step {resolved.decay_steps}" if recipe.schedule.name == "cosine" else "")
-        + f", {recipe.max_steps} steps in all ({recipe.max_steps * batch.samples:,} samples)",
+        f"  schedule: {recipe.schedule.name}, warm-up {_warmup(resolved)}"
+        + (f", minimum at {_decay(resolved)}" if recipe.schedule.name == "cosine" else "")
+        + f", {_num_steps(resolved)} in all"
+        + (f" ({resolved.num_steps * batch.samples:,} samples)" if resolved.num_steps and batch.samples else ""),
     ]
     useful, executed = flops.step(batch.max_tokens, _most_tiles(resolved))
     lines += [
@@ -138,12 +142,36 @@ def explain(resolved: Resolved) -> list[str]:
     return lines
 
 
+def _step_unit(resolved: Resolved) -> str:
+    batch = resolved.batch
+    return f"{batch.samples} samples" if batch.packs is None else f"{batch.packs} packs"
+
+
+def _num_steps(resolved: Resolved) -> str:
+    if resolved.num_steps is None:
+        return f"steps known after indexing ({run_length(resolved.recipe)})"
+    return f"{resolved.num_steps} steps"
+
+
+def _warmup(resolved: Resolved) -> str:
+    if resolved.warmup_steps is None:
+        return f"{float(resolved.recipe.schedule.warmup_steps):.1%} of the steps"
+    return f"{resolved.warmup_steps} steps"
+
+
+def _decay(resolved: Resolved) -> str:
+    return "the last step" if resolved.decay_steps is None else f"step {resolved.decay_steps}"
+
+
 def _most_tiles(resolved: Resolved) -> int:
     """Tiles of a step in which every sample has one image of the largest grid, as far as its tokens allow."""
     recipe = resolved.recipe
     tiling, vision = recipe.data.tiling, recipe.model.vision
     per_tile = (vision.image_size // vision.patch_size) ** 2 // 4
     tiles = tiling.max_tiles + (1 if tiling.thumbnail and tiling.max_tiles > 1 else 0)
+    if resolved.batch.samples is None:
+        packs = resolved.batch.max_packs
+        return packs * min(recipe.data.pack_tiles or recipe.data.pack_tokens, recipe.data.pack_tokens // per_tile)
     return resolved.batch.samples * min(tiles, recipe.data.max_tokens_per_sample // per_tile)
 
 

@@ -18,6 +18,7 @@ from nvlm_train.recipe.resolve import Resolved
 from nvlm_train.recipe.schema import Recipe
 from nvlm_train.train.state import Start
 
+_STEPS_LOOKED_AT = 4
 PACKAGES = ("torch", "deepspeed", "safetensors", "tokenizers", "pydantic")
 
 
@@ -55,11 +56,11 @@ def provenance(launch: Launch) -> dict[str, Any]:
 
 def data_lines(plan: DataPlan) -> list[str]:
     """One line a source: samples, share of the mixture, and how often the run goes through it."""
-    drawn = plan.recipe.global_batch.samples * plan.recipe.max_steps
     lines = []
-    for name, share in zip(plan.mixture.names, plan.mixture.shares, strict=True):
+    drawn = plan.mixture.drawn(plan.num_samples)
+    for name, share, draws in zip(plan.mixture.names, plan.mixture.shares, drawn, strict=True):
         samples = len(plan.train_rows[name])
-        epochs = drawn * float(share) / samples
+        epochs = draws / samples
         lines.append(f"{name}: {samples:,} samples, {float(share):.1%} of the mixture, {epochs:.2f} epochs")
     lines += [
         f"{name}: {count} samples cut into fewer tiles to fit" for name, count in sorted(plan.fewer_tiles.items())
@@ -71,9 +72,10 @@ def data_lines(plan: DataPlan) -> list[str]:
     return lines
 
 
-def expected_step(plan: DataPlan) -> str:
-    """Tokens, trained tokens and tiles of an average step, from the lengths in the index; packs of the first one."""
-    samples = plan.recipe.global_batch.samples
+def expected_step(plan: DataPlan) -> list[str]:
+    """Tokens, trained tokens and tiles of an average step, from the lengths in the index; how the first ones are packed
+    and use the ranks."""
+    samples = plan.num_samples / plan.num_steps
     means = {}
     for column in ("tokens", "trained", "tiles"):
         by_source = [
@@ -81,11 +83,14 @@ def expected_step(plan: DataPlan) -> str:
             for name, share in zip(plan.mixture.names, plan.mixture.shares, strict=True)
         ]
         means[column] = samples * sum(by_source)
-    micro_steps = len(plan.deal_step(0))
-    return (
-        f"about {means['tokens']:,.0f} tokens a step, {means['trained']:,.0f} trained, {means['tiles']:,.0f} tiles; "
-        f"the first step: {len(plan.plan_step(0))} packs in {micro_steps} micro-steps"
-    )
+    first = plan.predict(_STEPS_LOOKED_AT)
+    return [
+        f"about {samples:,.0f} samples a step, {means['tokens']:,.0f} tokens, {means['trained']:,.0f} trained, "
+        f"{means['tiles']:,.0f} tiles",
+        f"the first steps: {first.packs_per_step:.1f} packs in {len(plan.deal_step(0))} micro-steps, "
+        f"{first.efficiency:.1%} full; null packs {first.null_share:.1%}; predicted use of the ranks "
+        f"{first.utilisation:.1%}",
+    ]
 
 
 def first_screen(
@@ -123,9 +128,13 @@ def first_screen(
             ),
         ],
         "batch": [
-            f"{batch.samples} samples a step in packs of {batch.pack_tokens} tokens, {batch.world_size} ranks x "
-            f"{batch.micro_batch_size} packs a micro-step",
-            expected_step(plan),
+            (
+                f"{batch.samples} samples a step in packs of {batch.pack_tokens} tokens"
+                if batch.packs is None
+                else f"{batch.packs} packs of {batch.pack_tokens} tokens a step"
+            )
+            + f", {batch.world_size} ranks x {batch.micro_batch_size} packs a micro-step, {resolved.num_steps} steps",
+            *expected_step(plan),
         ],
         "data": data_lines(plan),
         "memory": [

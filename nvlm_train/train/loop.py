@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()) -> int:
-    """Trains a recipe from where its run directory stands to `max_steps`, or until somebody asks it to stop.
+    """Trains a recipe from where its run directory stands to its last step, or until somebody asks it to stop.
 
     Returns the exit code. Raises NvlmError for what the user can put right.
     """
@@ -44,15 +44,17 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     launch = resolve_launch()
     resolved = resolve(recipe, launch.world_size)
     start = state.find_start(recipe, resume, accept)
-    if start.step >= recipe.max_steps:
-        log.info("%s is complete: step %d of %d", start.run, start.step, recipe.max_steps)
+    if _is_complete(start, resolved.num_steps):
         return 0
 
     weights = state.open_weights(recipe)
     account = state.account_for_weights(recipe, weights)
     attempt = announce.provenance(launch)
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size)
-    state.check_data(start, plan.fingerprint, accept)
+    if _is_complete(start, plan.num_steps):
+        return 0
+    resolved = resolve(recipe, launch.world_size, plan.num_steps)
+    state.check_data(start, plan.state(start.step), accept)
 
     world = dist.start(launch, recipe.distributed.timeout_s)
     try:
@@ -97,6 +99,13 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
         dist.stop(world)
 
 
+def _is_complete(start: state.Start, num_steps: int | None) -> bool:
+    if num_steps is None or start.step < num_steps:
+        return False
+    log.info("%s is complete: step %d of %d", start.run, start.step, num_steps)
+    return True
+
+
 def _stopped_early(recipe: Recipe, progress: state.Progress) -> bool:
     early = recipe.validation.early_stop if recipe.validation is not None else None
     same = progress.best_measure == state.validation_measure(recipe)
@@ -119,11 +128,12 @@ def _run(
     watch: HangWatch,
 ) -> None:
     rank0 = world.rank == 0
+    num_steps = plan.num_steps
     metrics = MetricsFile(run / "metrics.jsonl", progress.step) if rank0 else None
-    console = Console(progress.step, recipe.max_steps) if rank0 else None
+    console = Console(progress.step, num_steps) if rank0 else None
     config = {"recipe_hash": resolved.recipe_hash, **recipe_to_dict(recipe)}
     sinks = open_sinks(recipe.log.to, run, recipe.run_name, recipe.log.wandb_project, config) if rank0 else []
-    loader = StepLoader(plan, start_step=progress.step, end_step=recipe.max_steps)
+    loader = StepLoader(plan, start_step=progress.step, end_step=num_steps)
     clock = Clock(world.device)
     since, tokens, tiles = time.monotonic(), 0, 0  # of the steps since the last line of metrics
     try:
@@ -133,7 +143,7 @@ def _run(
             watch.alive()
             since = time.monotonic()
         clock.start()
-        while progress.step < recipe.max_steps:
+        while progress.step < num_steps:
             data, counts = _load(world, plan, loader)
             clock.stop("data")
             rates = _set_rates(recipe, resolved, built, progress.step)
@@ -147,7 +157,7 @@ def _run(
             _advance(progress, counts)
             clock.stop("step")
             watch.alive()
-            last = progress.step == recipe.max_steps
+            last = progress.step == num_steps
             tokens, tiles = tokens + counts["tokens"], tiles + counts["tiles"]
 
             if progress.step % recipe.log.every_steps == 0 or last:
@@ -155,6 +165,9 @@ def _run(
                 if metrics is not None and console is not None:
                     record = _record(progress, counts, loss, grad_norm, rates)
                     record |= {"seconds": seconds, "tokens_per_s": tokens / seconds, "tiles_per_s": tiles / seconds}
+                    record["balance"] = {
+                        unit: round(ratio, 4) for unit, ratio in plan.balance(data.step)._asdict().items()
+                    }
                     record["time"] = {part: round(value, 4) for part, value in clock.take().items()}
                     record["peak_memory_gib"] = round(peak_memory_gib(world.device), 3)
                     _publish(metrics, console, sinks, record)
@@ -170,14 +183,14 @@ def _run(
 
             if last or stops or saves or improved or early or progress.step % recipe.checkpoint.every_steps == 0:
                 began = time.monotonic()
-                path = state.save(built, run, progress, recipe, resolved, plan.fingerprint)
+                path = state.save(built, run, progress, recipe, resolved, plan.state(progress.step))
                 watch.alive()
                 if console is not None:
                     console.say(f"saved {path} in {time.monotonic() - began:.1f} s")
             if stops or early:
                 if console is not None:
                     why = f"asked by {stop.reason or 'another rank'}" if stops else "validation no longer improves"
-                    console.say(f"stopped after step {progress.step} of {recipe.max_steps}: {why}; saved {path}")
+                    console.say(f"stopped after step {progress.step} of {num_steps}: {why}; saved {path}")
                 stop.forget_file()
                 break
             since = time.monotonic() if progress.step % recipe.log.every_steps == 0 else since  # not of the next steps
@@ -222,6 +235,7 @@ def _load(world: dist.World, plan: DataPlan, loader: StepLoader) -> tuple[StepDa
 
 
 def _set_rates(recipe: Recipe, resolved: Resolved, built: state.Built, step: int) -> dict[str, float]:
+    assert resolved.warmup_steps is not None and resolved.decay_steps is not None  # the run's steps are known by now
     factor = lr_factor(
         step,
         resolved.warmup_steps,

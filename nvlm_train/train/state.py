@@ -180,18 +180,25 @@ def write_base(run: Path, frozen: dict[str, str], world: dist.World) -> None:
     )
 
 
-def check_data(start: Start, fingerprint: str, accept: Sequence[str]) -> None:
+def check_data(start: Start, data: dict[str, Any], accept: Sequence[str]) -> None:
     """Refuses to go on with other data than before: the same keys can name files that have changed meanwhile."""
     if start.checkpoint is None:
         return
     if any(key.split(".")[0] in ("data", "tokenizer") for key in start.changes):
         return  # allowed with --accept: the order changes with it
-    before = checkpoint.read_json(start.checkpoint / "state.json").get("data_fingerprint")
+    saved, fingerprint = checkpoint.read_json(start.checkpoint / "state.json"), data["fingerprint"]
+    before = saved.get("data_fingerprint")
     if before != fingerprint and "data" not in accept:
         raise DataError(
             f"the data differs from what {start.checkpoint} was trained on (fingerprint {fingerprint}, was {before}): "
             "a file, the tokenizer or the template has changed, and the order of samples with it; put it back, or add "
             "--accept data"
+        )
+    # runs of the first version kept no more than the fingerprint
+    if before == fingerprint and saved.get("data", data) != data:
+        raise DataError(
+            f"the data stands at {data} before step {start.step}, but {start.checkpoint} was saved at {saved['data']}; "
+            "the table of windows in data.index_dir does not belong to this run: delete its folder 'windows'"
         )
 
 
@@ -317,15 +324,17 @@ class _Prefixed(torch.nn.Module):
 # ------------------------------------------------------------------------------------------------------ save, restore
 
 
-def save(
-    built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: Resolved, data_fingerprint: str
-) -> Path:
-    """Saves a checkpoint of the state after `progress.step`; every rank calls it. See `checkpoint.save`."""
+def save(built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: Resolved, data: dict[str, Any]) -> Path:
+    """Saves a checkpoint of the state after `progress.step`; every rank calls it. See `checkpoint.save`.
+
+    data: where the data stands (`DataPlan.state`).
+    """
     world = built.engine.world
     shapes = {name: tuple(full_shape(parameter)) for name, parameter in built.engine.trainable()}
     state = {
         "recipe_hash": resolved.recipe_hash,
-        "data_fingerprint": data_fingerprint,
+        "data_fingerprint": data["fingerprint"],
+        "data": data,
         "adam_step": progress.step,
         "zero_stage": built.engine.stage,
         "groups": [

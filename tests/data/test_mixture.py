@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvlm_train.data.mixture import BLOCK, Mixture, permute
+from nvlm_train.data.mixture import BLOCK, Mixture, epoch_limit, permute
 
 sources = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=4),
@@ -126,6 +126,67 @@ def test_a_fixed_order() -> None:
     assert drawn.source.tolist() == [0, 1, 0, 0, 1, 0, 1, 0]
     assert drawn.row.tolist() == [387, 42, 623, 401, 45, 309, 99, 685]
     assert drawn.epoch.tolist() == [3, 19, 3, 3, 19, 3, 19, 3]
+
+
+limited = st.dictionaries(
+    st.text("abcdef", min_size=1, max_size=4),
+    st.tuples(
+        st.integers(20, 3000), st.floats(1e-2, 10.0), st.one_of(st.none(), st.sampled_from([0.25, 0.3, 1, 2, 2.5]))
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+def limited_mixture(given: dict[str, tuple[int, float, float | None]]) -> Mixture:
+    columns = [{name: row[k] for name, row in given.items()} for k in range(3)]
+    return Mixture(3, *columns)  # type: ignore[arg-type]
+
+
+@settings(max_examples=25, deadline=None)
+@given(limited)
+def test_max_epochs_are_never_exceeded_and_used_up_where_the_order_goes_on(
+    given: dict[str, tuple[int, float, float | None]],
+) -> None:
+    mix = limited_mixture(given)
+    caps = [epoch_limit(given[name][0], given[name][2]) for name in mix.names]
+    stop = mix.length if mix.length is not None else 8 * mix.block
+    assert (mix.length is None) == (None in caps)
+    assert mix.length is None or mix.length == sum(cap for cap in caps if cap is not None)
+    drawn = mix.draws(0, min(stop, 8 * mix.block))
+    for d, (name, cap) in enumerate(zip(mix.names, caps, strict=True)):
+        mine = drawn.source == d
+        size = given[name][0]
+        seen = np.bincount(drawn.epoch[mine] * size + drawn.row[mine])
+        assert seen.max(initial=0) <= 1  # in no epoch twice
+        assert cap is None or mine.sum() <= cap
+        assert cap is None or stop > 8 * mix.block or mix.length is None or mine.sum() == cap
+    # the counts of every block are what it holds, and never go down; any position knows what came before it
+    for block in range(min(stop, 8 * mix.block) // mix.block):
+        held = np.bincount(drawn.source[block * mix.block : (block + 1) * mix.block], minlength=len(caps))
+        before, after = mix.counts(block), mix.counts(block + 1)
+        assert held.tolist() == [b - a for a, b in zip(before, after, strict=True)]
+    for position in (0, 1, stop // 3, stop - 1):
+        if position < len(drawn.source):
+            assert mix.drawn(position) == np.bincount(drawn.source[:position], minlength=len(caps)).tolist()
+    # the same by looking into the middle first
+    middle = len(drawn.source) // 2
+    again = limited_mixture(given).draws(middle, min(middle + 50, len(drawn.source)))
+    assert np.array_equal(again.row, drawn.row[middle : middle + 50])
+
+
+def test_what_an_ended_source_leaves_goes_to_the_others_by_weight() -> None:
+    """1000 rows once at 50 %, then 4 : 1 between the others: 2 blocks' worth of draws, then none."""
+    mix = Mixture(0, {"a": 1000, "b": 50, "c": 50}, {"a": 0.5, "b": 0.4, "c": 0.1}, {"a": 1})
+    drawn = mix.draws(0, 20 * BLOCK)
+    assert (drawn.source == 0).sum() == 1000
+    assert mix.counts(1) == [512, 410, 102]
+    assert mix.counts(2) == [1000, 410 + 409 + 19, 102 + 103 + 5]  # 488 in the second block; the 24 missing go 4 : 1
+    late = np.bincount(drawn.source[2 * BLOCK :], minlength=3)
+    assert late.tolist()[0] == 0 and abs(late[1] - 0.8 * 18 * BLOCK) < 2
+    assert Mixture(0, {"a": 1000}, {"a": 1}, {"a": None}).length is None
+    with pytest.raises(ValueError, match="the order ends after 1000 positions; 1001 were asked for"):
+        Mixture(0, {"a": 1000}, {"a": 1}, {"a": 1}).draws(990, 1001)
 
 
 @pytest.mark.parametrize("given", [{}, {"a": (0, 1.0)}, {"a": (3, 0.0)}])

@@ -104,7 +104,7 @@ def test_the_hash_survives_json_and_python_versions(load):
     recipe = load()
     assert Recipe.model_validate(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
     # a golden value: a change here means that running runs would be refused
-    assert recipe_hash(recipe) == "0aab4d1dce787d59"
+    assert recipe_hash(recipe) == "a8ffb346dc64ec59"
 
 
 # -------------------------------------------------------------------------------------------------------------- resume
@@ -214,6 +214,36 @@ def test_fewer_samples_than_ranks_is_refused_with_what_would_do(load):
     assert resolve(load(), 32).batch.max_micro_steps == 1
 
 
+def test_a_step_of_packs_is_exact_and_its_null_share_is_known(load):
+    packs = ("global_batch.samples=null", "global_batch.packs=9")
+    batch = resolve(load(*packs, "micro_batch_size=2"), 2).batch  # 9 packs, 4 slots a micro-step: 3 of them, 3 null
+    assert (batch.samples, batch.packs, batch.max_packs, batch.max_micro_steps) == (None, 9, 9, 3)
+    assert batch.max_null_share == pytest.approx(3 / 12) and batch.max_tokens == 9 * 512
+    (warning,) = resolve(load(*packs, "micro_batch_size=2"), 2).warnings
+    assert "global_batch.packs 9: 25% of the slots" in warning and "8 or 12 packs would fill them" in warning
+    assert resolve(load(*packs), 3).warnings == ()
+    with pytest.raises(RecipeError) as caught:
+        resolve(load(*packs), 10)
+    assert str(caught.value) == (
+        "global_batch.packs: 9 cannot fill 10 ranks: a rank needs a pack in each step, and 1 would never have one; use "
+        "global_batch.packs=10 or more, or start on 9 ranks or fewer"
+    )
+
+
+def test_what_is_known_of_the_steps_before_indexing(load):
+    assert resolve(load(), 1).num_steps == 100
+    samples = load("max_steps=null", "max_samples=3201", "schedule.warmup_steps=0.1")
+    assert (resolve(samples, 1).num_steps, resolve(samples, 1).warmup_steps) == (101, 10)  # 32 samples a step
+    packs = "global_batch={samples: null, packs: 4}"
+    for overrides in (("num_epochs=3",), ("max_tokens=9",), ("max_samples=9", packs)):
+        recipe = load("max_steps=null", "schedule.warmup_steps=0.1", *overrides)
+        found = resolve(recipe, 1)
+        assert (found.num_steps, found.warmup_steps, found.decay_steps) == (None, None, None)
+        known = resolve(recipe, 1, 200)
+        assert (known.num_steps, known.warmup_steps, known.decay_steps) == (200, 20, 200)
+    assert resolve(load(packs), 1).num_steps == 100
+
+
 def test_a_run_that_ends_in_the_warmup_is_warned_of(load):
     assert resolve(load("schedule.warmup_steps=200"), 1).warnings == (
         "schedule.warmup_steps 200: the run ends in the warm-up, at step 100",
@@ -251,7 +281,9 @@ def test_factors_rise_then_fall_and_stay(warmup, more, low):
 
 
 def test_a_share_of_warmup_becomes_steps(load):
-    assert warmup_steps(load("schedule.warmup_steps=0.03", "max_steps=40000")) == 1200
+    assert warmup_steps(load("schedule.warmup_steps=0.03"), 40000) == 1200
+    assert warmup_steps(load("schedule.warmup_steps=0.03"), None) is None
+    assert warmup_steps(load("schedule.warmup_steps=7"), None) == 7
     assert resolve(load("schedule.warmup_steps=7"), 1).warmup_steps == 7
     assert resolve(load("schedule.decay_steps=60"), 1).decay_steps == 60
     assert resolve(load(), 1).decay_steps == 100

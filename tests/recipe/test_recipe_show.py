@@ -61,6 +61,22 @@ def test_show_prints_values_origins_and_what_follows(tmp_path, capsys):
     assert "warning: global_batch.samples 32: 11% of the slots" in text
 
 
+def test_show_says_what_only_the_index_knows(tmp_path, capsys):
+    overrides = [
+        "max_steps=null",
+        "num_epochs=3",
+        "global_batch={samples: null, packs: 8}",
+        "schedule.warmup_steps=0.1",
+    ]
+    assert main(["recipe", "check", write(tmp_path), *overrides]) == 0
+    assert "8 packs a step, steps known after indexing (num_epochs 3.0)" in capsys.readouterr().out
+    assert main(["recipe", "show", write(tmp_path), *overrides, "--world-size", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "a step is 8 packs of at most 512 tokens, its samples known after indexing" in text
+    assert "a step is 3 micro-steps (the accumulation)" in text and "null packs: 11.1% of the slots" in text
+    assert "warm-up 10.0% of the steps, minimum at the last step, steps known after indexing (num_epochs 3.0)" in text
+
+
 def test_show_of_the_full_size_prints_its_parameters(capsys):
     assert main(["recipe", "show", "recipes/nvlm_d_72b/2_sft.yaml", "--world-size", "64"]) == 0
     text = capsys.readouterr().out
