@@ -119,11 +119,15 @@ def _anonymous_file(num_bytes: int) -> int:
     return descriptor
 
 
+# The order of data is the trainer's: arrays as long as the sources, of which the process needs nothing.
+_ORDER: dict[str, Any] = dict(mixture=None, windows=None, steps=None, train_rows={}, held_out={}, _dealt={})
+
+
 def _packed_plan(plan: DataPlan) -> int:
     """What the process needs of a plan, all but the order of data, in a file that every new process can read."""
     descriptor = _anonymous_file(0)
     with open(os.dup(descriptor), "wb") as file:
-        _PlanPickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(replace(plan, train_rows={}, held_out={}))
+        _PlanPickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(replace(plan, **_ORDER))
     return descriptor
 
 

@@ -101,7 +101,14 @@ def cut(
 
 
 def _exact_resizer(image: Image.Image) -> Callable[[int, int], NDArray[np.uint8]]:
-    return lambda width, height: np.asarray(resize(image, width, height))  # [height, width, 3]
+    half: dict[int, Image.Image] = {}  # a grid of one column and its thumbnail share the pass over rows
+
+    def resized(width: int, height: int) -> NDArray[np.uint8]:
+        if width not in half:
+            half[width] = image.resize((width, image.height), Image.Resampling.BICUBIC)
+        return np.asarray(half[width].resize((width, height), Image.Resampling.BICUBIC))  # [height, width, 3]
+
+    return resized
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
