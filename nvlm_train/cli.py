@@ -43,6 +43,17 @@ def _recipe(name: str) -> Callable[[argparse.Namespace], int]:
     return run
 
 
+def _data(name: str) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        from importlib import import_module
+
+        module = import_module({"index": "nvlm_train.data.lint"}.get(name, f"nvlm_train.data.{name}"))
+        code: int = getattr(module, f"{name}_command")(args)
+        return code
+
+    return run
+
+
 def _train(args: argparse.Namespace) -> int:
     from nvlm_train.recipe.load import load_recipe
 
@@ -147,6 +158,57 @@ def _recipe_on_ranks(parser: argparse.ArgumentParser) -> None:
     _json_flag(parser)
 
 
+def _index_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes that build an index (default: data.index_workers)"
+    )
+
+
+def _data_index_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    _index_workers(parser)
+    parser.add_argument(
+        "--rebuild", action="store_true", help="build anew what exists: after missing images were put in their places"
+    )
+    _json_flag(parser)
+
+
+def _data_lint_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument(
+        "--images", action="store_true", help="decode every image as well, as training would; takes its time"
+    )
+    parser.add_argument(
+        "--threads", type=_positive, default=2, metavar="N", help="threads that decode images (default: 2)"
+    )
+    _index_workers(parser)
+    parser.add_argument(
+        "--examples", type=_positive, default=3, metavar="N", help="examples of each kind of problem (default: 3)"
+    )
+    _json_flag(parser)
+
+
+def _data_stats_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_on_ranks(parser)
+    parser.add_argument(
+        "--steps", type=_positive, default=32, metavar="N", help="steps that are packed and dealt out (default: 32)"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw the distributions: FILE.svg, FILE.png, or FILE.html with the table"
+    )
+
+
+def _data_preview_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_on_ranks(parser)
+    parser.add_argument("--step", type=_whole, default=0, metavar="S", help="step whose packs are shown (default: 0)")
+    parser.add_argument("--source", metavar="NAME", help="samples of this source instead of a step's")
+    parser.add_argument(
+        "--row", type=_whole, metavar="N", help="with --source: usable sample number N, from 0 (default: 0)"
+    )
+    parser.add_argument("--samples", type=_whole, metavar="N", help="samples shown in full (default: 3; with --row: 1)")
+    parser.add_argument("--html", metavar="FILE", help="write one self-contained page instead of text")
+
+
 def _diff_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="a recipe, or a run directory")
     parser.add_argument("b", metavar="B", help="another")
@@ -231,6 +293,14 @@ def _positive(text: str) -> int:
     return number
 
 
+def _whole(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+_whole.__name__ = "whole number"
 _positive.__name__ = "whole number"  # what argparse calls it in "invalid whole number value"
 
 VERBS: dict[str, Verb] = {
@@ -260,6 +330,30 @@ VERBS: dict[str, Verb] = {
     ),
     "recipe schema": Verb(
         "the JSON schema, for editors", lambda parser: None, "recipe schema > recipe.schema.json", _recipe("schema")
+    ),
+    "data index": Verb(
+        "read all data once and keep the lengths, as the start of training would",
+        _data_index_arguments,
+        "data index recipes/quickstart.yaml --workers 4",
+        _data("index"),
+    ),
+    "data lint": Verb(
+        "every problem of every source, grouped, with file and line",
+        _data_lint_arguments,
+        "data lint recipes/quickstart.yaml --images",
+        _data("lint"),
+    ),
+    "data stats": Verb(
+        "samples, tokens, tiles and shares of each source; packing and balance",
+        _data_stats_arguments,
+        "data stats recipes/quickstart.yaml --world-size 8 --plot lengths.html",
+        _data("stats"),
+    ),
+    "data preview": Verb(
+        "what the model will see: tiles, tags, trained tokens, packs",
+        _data_preview_arguments,
+        "data preview recipes/quickstart.yaml --step 3 --html preview.html",
+        _data("preview"),
     ),
     "train": Verb(
         "train; again: go on where it stopped",
@@ -355,22 +449,22 @@ def _find_verb(argv: list[str]) -> tuple[str, list[str]] | None:
         return None
     if argv[0] in VERBS:
         return argv[0], argv[1:]
-    if argv[0] == "recipe":
+    group = f"{argv[0]} "
+    of_group = [name.split()[1] for name in VERBS if name.startswith(group)]
+    if of_group:
         if len(argv) == 1 or argv[1] in ("-h", "--help"):
-            print(_overview("recipe "))
+            print(_overview(group))
             return None
-        if f"recipe {argv[1]}" in VERBS:
-            return f"recipe {argv[1]}", argv[2:]
-        raise SetupError(
-            _unknown(argv[1], [name.split()[1] for name in VERBS if name.startswith("recipe ")], "recipe ")
-        )
+        if argv[1] in of_group:
+            return group + argv[1], argv[2:]
+        raise SetupError(_unknown(argv[1], of_group, group))
     raise SetupError(_unknown(argv[0], [*dict.fromkeys(name.split()[0] for name in VERBS)], ""))
 
 
 def _unknown(word: str, words: Sequence[str], group: str) -> str:
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    if not near and not group and f"recipe {word}" in VERBS:
-        near = [f"recipe {word}"]
+    if not near and not group:
+        near = [name for name in VERBS if name.endswith(f" {word}")][:1]
     if not near and not group and word.endswith((".yaml", ".yml")):
         near = [f"train {word}"]
     hint = f"did you mean `{PROG} {group}{near[0]}`?" if near else f"use one of {', '.join(words)}"

@@ -37,6 +37,8 @@ def test_the_overview_names_every_verb_and_ends_with_an_example(capsys):
         )
     assert cli.main(["recipe"]) == 0
     assert "recipe check" in capsys.readouterr().out
+    assert cli.main(["data", "--help"]) == 0
+    assert "data preview" in capsys.readouterr().out
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"nvlm-train {__version__}\n"
 
@@ -46,11 +48,14 @@ def test_the_overview_names_every_verb_and_ends_with_an_example(capsys):
     [
         (["trian"], "error: nvlm-train trian: is not a verb; did you mean `nvlm-train train`?"),
         (["check", RECIPE], "error: nvlm-train check: is not a verb; did you mean `nvlm-train recipe check`?"),
+        (["lint", RECIPE], "error: nvlm-train lint: is not a verb; did you mean `nvlm-train data lint`?"),
+        (["data", "stat"], "error: nvlm-train data stat: is not a verb; did you mean `nvlm-train data stats`?"),
         (["recipe", "shwo"], "error: nvlm-train recipe shwo: is not a verb; did you mean `nvlm-train recipe show`?"),
         ([RECIPE], f"error: nvlm-train {RECIPE}: is not a verb; did you mean `nvlm-train train {RECIPE}`?"),
         (
             ["qqq"],
-            "error: nvlm-train qqq: is not a verb; use one of recipe, train, export, verify, generate, evaluate, env",
+            "error: nvlm-train qqq: is not a verb; use one of recipe, data, train, export, verify, generate, evaluate, "
+            "env",
         ),
         (
             ["train"],

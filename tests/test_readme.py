@@ -91,7 +91,7 @@ def test_every_command_line_parses(document: str) -> None:
     found = commands(TEXT[document])
     assert len(found) > 8 or document != "README.md"
     for words in found:
-        verb = " ".join(words[:2]) if words[0] == "recipe" else words[0]
+        verb = " ".join(words[:2]) if words[0] in ("recipe", "data") else words[0]
         args = cli.parse(verb, words[len(verb.split()) :])
         for recipe in [getattr(args, "recipe", None), getattr(args, "a", None), getattr(args, "b", None)]:
             assert recipe is None or (ROOT / recipe).is_file(), recipe

@@ -40,6 +40,7 @@ class Bad:
 
     ref: SampleRef
     line: int
+    where: str
     reason: str
     message: str
 
@@ -173,8 +174,9 @@ class _Job:
         try:
             loaded = plan.load(ref, place, self._builder.augment, self._builder.watch)
         except BadSample as error:
-            line = int(plan.indexes[ref.source].rows[ref.row]["line"])
-            self._done[k] = Bad(ref, line, error.reason, str(error))
+            index = plan.indexes[ref.source]
+            line = int(index.rows[ref.row]["line"])
+            self._done[k] = Bad(ref, line, index.where(ref.row), error.reason, str(error))
             return
         if plan.recipe.vision_feature_cache is not None:
             self._hashes[k] = tuple(hashlib.blake2b(tile, digest_size=HASH_BYTES).digest() for tile in place)

@@ -9,9 +9,11 @@ between the two templates:
     hf_nvlm      the stream of the published chat(): tags joined to the text before them, no newline after <|im_end|>
                  <|im_start|>user\n<Image><tile_1> | [256] | ... | </Image>\nWhat is it? | <|im_end|>
 
-Trained are an assistant turn's text, its <|im_end|>, and the newline after it where the template has one. Everything
-else is masked: other turns, the assistant's header, tags and image positions, the position before an image (its target
-is a tag or an image token, which are never targets).
+Trained are an assistant turn's text, its <|im_end|>, and the newline after it where the template has one, unless the
+turn says `"loss": False`. Everything else is masked: other turns, the assistant's header, tags and image positions, the
+position before an image (its target is a tag or an image token, which are never targets).
+
+A plain text (one message of the role "text") stands alone, all of it trained, and ends with <|endoftext|>.
 """
 
 from __future__ import annotations
@@ -94,6 +96,9 @@ def lay_out(
     prompt: bool = False,
 ) -> list[Run]:
     """The runs of a sample; with `prompt` the header of the answer to come follows the last turn."""
+    if messages and messages[0]["role"] == "text":  # a plain text: no chat around it, all of it trained
+        text = "".join(part["text"] for message in messages for part in message["content"])
+        return [Run(text, -1, 0, True, False), Run(None, tokenizer.pad, 1, True, False)]
     form = TEMPLATES[template]
     if system is None:
         system = form.system
@@ -103,10 +108,10 @@ def lay_out(
     start = Run(None, tokenizer.im_start, 1, False, False)
     runs: list[Run] = []
     for turn in turns:
-        trained = turn["role"] == "assistant"
+        trained = turn["role"] == "assistant" and turn.get("loss", True) is True
         runs.append(start)
         text = f"{turn['role']}\n"
-        if trained:
+        if turn["role"] == "assistant":
             # The header is tokenised apart from the answer, so that the prompt of a generation is a prefix of the
             # training stream even where the answer begins with a newline.
             runs.append(Run(text, -1, 0, False, False))
@@ -198,9 +203,9 @@ def count_tokens(runs: Sequence[Run], length_of: Mapping[str, int], limit: int |
         length = run.times if run.text is None else length_of[run.text]
         if limit is not None:
             length = min(length, limit - tokens)
+        # The first token of all is nobody's target; only a plain text begins with a trained one.
+        trained += (length - (1 if tokens == 0 and length > 0 else 0)) if run.trained else 0
         tokens += length
-        if run.trained:
-            trained += length
     return tokens, trained
 
 

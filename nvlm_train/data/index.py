@@ -1,28 +1,35 @@
 """The length index: what planning needs to know of every sample, found in one pass over a source and kept on disk.
 
 A folder per source, `<name>-<key>/` with `rows.npy` (32 bytes a usable sample, memory-mapped) and `meta.json` (what was
-dropped and why). The key is a hash of everything a row depends on: the file's content, the tokenizer, template, tiling
+dropped and why). The key is a hash of everything a row depends on: the files' content, the tokenizer, template, tiling
 and limits; what has changed is indexed anew and never silently reused. Images are opened only as far as their headers,
-and they are no part of the key: an image that was missing stays dropped until the folder is deleted.
+and those beside the source's files are no part of the key: an image that was missing stays dropped until the folder is
+deleted.
 
-Rank 0 builds into a temporary folder and renames it when whole; other ranks wait for that name. They tell a slow build
-from a dead one by a file that rank 0 touches while it works.
+Rank 0 builds, unit by unit (a few MiB of lines, a tar, some hundred rows), in several processes for large sources. Each
+unit's rows go to disk at once, so that memory does not grow with the source and a build that was cut off goes on where
+it was; at the end they are joined in a temporary folder that is renamed when whole. Other ranks wait for that name.
+They tell a slow build from a dead one by a file that rank 0 touches while it works.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin one only from Python 3.11 on
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,32 +37,33 @@ from numpy.typing import NDArray
 from nvlm_train.data import chat, tiling
 from nvlm_train.data.fit import FEWER_TILES, OVERLONG, TRUNCATED, fit
 from nvlm_train.data.images import REFERENCE, BadSample, ImageOptions, image_size
-from nvlm_train.data.sources import JsonlSource, Line, Sample, parse_line
-from nvlm_train.data.tokenizer import ChatTokenizer
+from nvlm_train.data.sources import BELOW_RATING, ImageRef, Record, Sample, Source, Unit, expand_sources, open_source
+from nvlm_train.data.sources.source import part_of, position
+from nvlm_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm_train.errors import DataError
 from nvlm_train.log import get_logger
 from nvlm_train.recipe import schema
 
 log = get_logger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 WAIT_TIMEOUT_S = 300.0  # without a sign of life of rank 0
 _HEARTBEAT_S = 2.0
 _TELL_S = 10.0  # between lines of the log where there is no terminal for a progress bar
-_CHUNK_LINES = 512
-_WHOLE_FILE_BYTES = 64 << 20  # larger files are keyed by size, time and both ends instead of all their bytes
-_END_BYTES = 1 << 20
+_CHUNK_ROWS = 512  # texts of so many samples are tokenised at once
+_ALONE = {"B": 8 << 20, "row": 2000}  # amounts that one process indexes faster than others start
 _BAD_KEPT = 1000  # messages kept; counts are exact
 _BAD_SHOWN = 20
+_NOT_BAD = (OVERLONG, BELOW_RATING)  # left out on purpose
 
 ROW = np.dtype(
     [
-        ("offset", "<u8"),  # of the line in the file
-        ("num_bytes", "<u4"),
-        ("line", "<u4"),  # 1-based
+        ("position", "<u8"),  # part (file or row group) in the upper 24 bits, offset in the lower 40
+        ("num_bytes", "<u4"),  # 0 for rows of tables
+        ("line", "<u4"),  # number of the line, element, sample or row in its file
         ("tokens", "<u4"),
         ("trained", "<u4"),  # labels that carry loss
-        ("hash", "<u4"),  # of the line's bytes: stable when the file is reordered
+        ("hash", "<u4"),  # of the record's content: stable when the file is reordered
         ("tiles", "<u2"),  # of all images, thumbnails counted
         ("max_tiles", "u1"),  # the tile maximum this sample is cut with
         ("lowered", "u1"),  # bits: FEWER_TILES when that is less than the recipe's, TRUNCATED when its text is cut
@@ -120,26 +128,36 @@ class IndexSettings:
         }
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """A line that was dropped, and why."""
+class BadRow(NamedTuple):
+    """A record that was dropped, and why. where: file:line, or what its format calls the place."""
 
     line: int
     reason: str
     message: str
+    where: str
 
 
 @dataclass(frozen=True)
 class SourceIndex:
-    """The index of one source. `dropped` counts lines by reason (over-long ones too); `bad` holds the first of them."""
+    """The index of one source. `dropped` counts records by reason (over-long ones too); `bad` holds the first."""
 
     name: str
-    path: Path
+    path: Path | str
     key: str
     rows: NDArray[Any]  # ROW[n]
     num_lines: int
     dropped: dict[str, int]
     bad: tuple[BadRow, ...]
+    source: Source
+
+    def where(self, row: int) -> str:
+        """What a message calls a row's record: file:line."""
+        found = self.rows[row]
+        return self.source.where(int(part_of(found["position"])), int(found["line"]))
+
+    def shards(self) -> NDArray[np.int64]:
+        """Of every row the number of the file or row group it lies in, never falling: i64[n]."""
+        return part_of(self.rows["position"])
 
     @property
     def fewer_tiles(self) -> int:
@@ -153,43 +171,65 @@ class SourceIndex:
 
     @property
     def num_bad(self) -> int:
-        """Unusable lines; over-long samples are not among them."""
-        return sum(count for reason, count in self.dropped.items() if reason != OVERLONG)
+        """Unusable records; those left out on purpose (over-long, below a rating) are not among them."""
+        return sum(count for reason, count in self.dropped.items() if reason not in _NOT_BAD)
 
 
-def line_hash(data: bytes) -> int:
-    """32 bits of a line's content, blanks around it ignored."""
-    return int.from_bytes(hashlib.blake2b(data.strip(), digest_size=4).digest(), "little")
+def index_dir_of(recipe: schema.Recipe) -> Path:
+    """The folder that keeps the indexes of a recipe's sources."""
+    return Path(recipe.data.index_dir) if recipe.data.index_dir else Path(recipe.output_dir) / "data_index"
 
 
-def index_key(source: JsonlSource, settings: IndexSettings) -> str:
+def index_key(source: Source, settings: IndexSettings) -> str:
     """Names the index of this very content with these very settings."""
-    status = os.stat(source.path)
-    content = hashlib.sha256()
-    parts: dict[str, Any] = {"format": FORMAT, "size": status.st_size, "root": os.path.realpath(source.image_root)}
-    with open(source.path, "rb") as file:
-        if status.st_size <= _WHOLE_FILE_BYTES:
-            content.update(file.read())
-        else:
-            parts["mtime_ns"] = status.st_mtime_ns
-            content.update(file.read(_END_BYTES))
-            file.seek(-_END_BYTES, os.SEEK_END)
-            content.update(file.read())
-    parts |= {"content": content.hexdigest(), "settings": settings.key_parts()}
+    try:
+        parts = {"format": FORMAT, **source.key_parts(), "settings": settings.key_parts()}
+    except OSError as error:
+        raise DataError(f"source {source.name!r}: cannot read {source.path} ({error}).") from error
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def build_index(recipe: schema.Recipe, num_workers: int | None = None, *, judge: bool = True) -> dict[str, SourceIndex]:
+    """The indexes of all sources of a recipe by name, built where they are missing.
+
+    num_workers: processes that build; None: data.index_workers. Raises DataError with every problem of every source.
+    """
+    recipe = expand_sources(recipe)
+    settings = IndexSettings.of(recipe, load_tokenizer(recipe.tokenizer.path))
+    given = {**recipe.data.mixture, **(recipe.validation.sources if recipe.validation else {})}
+    workers = recipe.data.index_workers if num_workers is None else num_workers
+    share, folder = recipe.data.max_bad_share, index_dir_of(recipe)
+    found: dict[str, SourceIndex] = {}
+    problems: list[str] = []
+    for name, source in given.items():
+        try:
+            opened = open_source(name, source)
+            found[name] = open_index(
+                opened, settings, folder, max_bad_share=share, rank=0, judge=judge, num_workers=workers
+            )
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return found
+
+
 def open_index(
-    source: JsonlSource,
+    source: Source,
     settings: IndexSettings,
     index_dir: Path,
     *,
     max_bad_share: float,
     rank: int,
     timeout_s: float = WAIT_TIMEOUT_S,
+    judge: bool = True,
+    num_workers: int = 0,
 ) -> SourceIndex:
     """The index of a source: read where it exists, built by rank 0, waited for by the others.
 
+    With `judge=False` it is returned however bad it is, for those who report on it and train nothing.
+
+    num_workers: processes that build it; 0: one for each core that may be used. Small sources are built by this one.
     Raises DataError when more than `max_bad_share` of the lines are unusable (bad > share * lines), when a sample is
     over-long and that is an error, when nothing is left, or when rank 0 shows no sign of life for `timeout_s`.
     """
@@ -198,7 +238,7 @@ def open_index(
     try:
         if not (folder / "meta.json").exists():
             if rank == 0:
-                _build(source, settings, folder, key)
+                _build(source, settings, folder, key, num_workers)
             else:
                 _wait(folder, timeout_s)
         index = _read(source, folder, key)
@@ -207,7 +247,7 @@ def open_index(
             f"data.index_dir {index_dir}: cannot keep the index of source {source.name!r} there ({error}); "
             "name a writable folder that all nodes share."
         ) from error
-    problem = _too_bad(index, settings, max_bad_share)
+    problem = too_bad(index, settings, max_bad_share) if judge else None
     if problem is not None:
         if rank == 0 and any("image" in reason for reason in index.dropped):
             # Images are no part of the key: keeping this index would hide their repair.
@@ -216,10 +256,17 @@ def open_index(
     return index
 
 
-def _too_bad(index: SourceIndex, settings: IndexSettings, max_bad_share: float) -> str | None:
+_RECORDS = {
+    "jsonl": "one JSON object a line", "json": "a JSON array of objects", "hf": "rows",
+    "webdataset": "tars with samples", "text": "texts",
+}  # fmt: skip
+
+
+def too_bad(index: SourceIndex, settings: IndexSettings, max_bad_share: float) -> str | None:
+    """Why nothing may be trained on this index, or None."""
     head = f"source {index.name!r} ({index.path})"
     if index.num_lines == 0:
-        return f"{head} is empty; one JSON object a line is expected."
+        return f"{head} is empty; {_RECORDS.get(index.source.settings.kind, 'samples')} are expected."
     if settings.overlong == "error" and index.dropped.get(OVERLONG):
         return _listing(
             f"{head}: {index.dropped[OVERLONG]} of {index.num_lines} samples are longer than "
@@ -235,7 +282,7 @@ def _too_bad(index: SourceIndex, settings: IndexSettings, max_bad_share: float) 
             f"{max_bad_share} allows; mend them or raise the share.",
             index,
             index.num_bad,
-            lambda row: row.reason != OVERLONG,
+            lambda row: row.reason not in _NOT_BAD,
         )
     if len(index.rows) == 0:
         causes = ", ".join(f"{count} {reason}" for reason, count in index.dropped.items())
@@ -247,7 +294,7 @@ def _too_bad(index: SourceIndex, settings: IndexSettings, max_bad_share: float) 
 
 def _listing(head: str, index: SourceIndex, total: int, wanted: Callable[[BadRow], bool]) -> str:
     shown = [row for row in index.bad if wanted(row)][:_BAD_SHOWN]
-    lines = [head] + [f"  {index.path}:{row.line}: {row.message}" for row in shown]
+    lines = [head] + [f"  {row.where}: {row.message}" for row in shown]
     if total > len(shown):
         lines.append(f"  ... and {total - len(shown)} more")
     return "\n".join(lines)
@@ -256,105 +303,250 @@ def _listing(head: str, index: SourceIndex, total: int, wanted: Callable[[BadRow
 # ---------------------------------------------------------------------------------------------------------- building
 
 
-def _build(source: JsonlSource, settings: IndexSettings, folder: Path, key: str) -> None:
+def _build(source: Source, settings: IndexSettings, folder: Path, key: str, num_workers: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     heartbeat = _heartbeat_file(folder)
+    chunks = folder.with_name(f".{folder.name}.parts")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    chunks.mkdir(exist_ok=True)
+    done = False
     try:
-        rows, num_lines, dropped, bad = _scan(source, settings, heartbeat)
-        with open(temporary / "rows.npy", "wb") as file:
-            np.save(file, rows)
-            file.flush()
-            os.fsync(file.fileno())
-        meta = {
-            "format": FORMAT,
-            "key": key,
-            "source": source.name,
-            "path": str(source.path),
-            "num_rows": len(rows),
-            "num_lines": num_lines,
-            "dropped": dict(dropped),
-            "bad": [[row.line, row.reason, row.message] for row in bad],
-        }
+        count = _scan(source, settings, chunks, heartbeat, num_workers)
+        meta = {"format": FORMAT, "key": key, "source": source.name, "path": str(source.path)}
+        meta |= _join(chunks, count, temporary / "rows.npy", source)
         with open(temporary / "meta.json", "w", encoding="utf-8") as text:
             json.dump(meta, text, indent=1)
             text.flush()
             os.fsync(text.fileno())
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            # Another job built the same index meanwhile: it is the same by its key.
-            if not (folder / "meta.json").exists():
-                raise
+        os.rename(temporary, folder)
+        done = True
+    except OSError:
+        # Another job built the same index meanwhile: it is the same by its key.
+        if not (folder / "meta.json").exists():
+            raise
+        done = True
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if done:  # otherwise the next start goes on from here
+            shutil.rmtree(chunks, ignore_errors=True)
         heartbeat.unlink(missing_ok=True)
 
 
-def _scan(
-    source: JsonlSource, settings: IndexSettings, heartbeat: Path
-) -> tuple[NDArray[Any], int, Counter[str], list[BadRow]]:
+def _scan(source: Source, settings: IndexSettings, chunks: Path, heartbeat: Path, num_workers: int) -> int:
+    """Indexes every unit that has no file in `chunks` yet. Returns how many units there are."""
     from tqdm import tqdm
 
-    heartbeat.touch()
-    beaten = time.monotonic()
+    total = source.amount
+    if total <= _ALONE[source.unit]:
+        num_workers = 1
+    elif num_workers == 0:
+        num_workers = len(os.sched_getaffinity(0))
+    told = time.monotonic()
+    samples = count = done = 0
+
+    def account(unit: Unit, usable: int) -> None:
+        nonlocal samples, done, told
+        samples, done = samples + usable, done + unit.end - unit.begin
+        bar.update(unit.end - unit.begin)
+        if bar.disable and time.monotonic() - told > _TELL_S:
+            told = time.monotonic()
+            log.info("index of source %r: %d samples, %.0f %%", source.name, samples, 100 * done / max(1, total))
+
+    # Processes are spawned, never forked: this one may have threads, and a GPU.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, spawn, _start_worker, (source, settings)) if num_workers > 1 else None
+    waiting: deque[tuple[Unit, Future[int]]] = deque()
+    beat = _Heartbeat(heartbeat)
+    try:
+        with tqdm(
+            total=total,
+            desc=f"index {source.name}",
+            unit=source.unit,
+            unit_scale=True,
+            delay=3.0,
+            leave=False,
+            disable=None,
+        ) as bar:
+            for unit in source.units():
+                beat()
+                limit = source.settings.max_samples
+                if limit is not None and samples >= limit:
+                    break
+                file = chunks / f"{count}.npy"
+                count += 1
+                usable = _finished(file, unit)
+                if usable is not None:
+                    account(unit, usable)
+                elif pool is None:
+                    account(unit, _index_unit(source, settings, unit, file, beat))
+                else:
+                    waiting.append((unit, pool.submit(_index_in_process, unit, file)))
+                while len(waiting) >= 4 * num_workers:
+                    account(*_result(waiting, beat))
+            while waiting:
+                account(*_result(waiting, beat))
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"source {source.name!r}: a process that builds the index died (out of memory?); start again to go on from "
+            "there, with fewer data.index_workers."
+        ) from error
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return count
+
+
+class _Heartbeat:
+    def __init__(self, file: Path) -> None:
+        self._file, self._last = file, -_HEARTBEAT_S
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._last > _HEARTBEAT_S:
+            self._file.touch()
+            self._last = time.monotonic()
+
+
+def _result(waiting: deque[tuple[Unit, Future[int]]], beat: Callable[[], None]) -> tuple[Unit, int]:
+    unit, future = waiting.popleft()
+    while True:
+        beat()
+        try:
+            return unit, future.result(timeout=_HEARTBEAT_S)
+        except FutureTimeoutError:
+            if future.done():
+                raise
+
+
+def _finished(file: Path, unit: Unit) -> int | None:
+    """Rows of a unit that an earlier start has indexed, or None."""
+    try:
+        meta = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        return int(meta["num_rows"]) if meta["unit"] == list(unit) and file.exists() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+_given: tuple[Source, IndexSettings]  # of a worker process, opened once
+
+
+def _start_worker(source: Source, settings: IndexSettings) -> None:
+    global _given
+    _given = (source, settings)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
+
+
+def _index_in_process(unit: Unit, file: Path) -> int:
+    return _index_unit(*_given, unit, file, lambda: None)
+
+
+def _index_unit(source: Source, settings: IndexSettings, unit: Unit, file: Path, beat: Callable[[], None]) -> int:
+    """Writes the rows of a unit, and beside them what was dropped. Returns the number of rows."""
+    size_of = _sizes(settings.images)
+    records = source.scan(unit)
     blocks: list[NDArray[Any]] = []
+    problems: list[BadRow] = []
+    while chunk := list(islice(records, _CHUNK_ROWS)):
+        beat()
+        rows, bad = _index_records(chunk, source, settings, size_of)
+        blocks.append(rows)
+        problems += bad
+    found = np.concatenate(blocks) if blocks else np.empty(0, dtype=ROW)
+    meta = {"unit": list(unit), "num_rows": len(found), "bad": [list(row) for row in problems]}
+    own = file.with_name(f"{file.stem}.{os.getpid()}")
+    with open(own, "wb") as binary:
+        np.save(binary, found)
+    os.replace(own, file)
+    own.write_text(json.dumps(meta), encoding="utf-8")
+    os.replace(own, file.with_suffix(".json"))  # last: it says that the rows are whole
+    return len(found)
+
+
+def _join(chunks: Path, count: int, file: Path, source: Source) -> dict[str, Any]:
+    """Puts the rows of all units into one file, one unit at a time. Returns what meta.json says of them."""
+    metas = [chunks / f"{k}.json" for k in range(count)]
+    limit = source.settings.max_samples
+    sizes = [int(json.loads(meta.read_text(encoding="utf-8"))["num_rows"]) for meta in metas]
+    num_rows = sum(sizes) if limit is None else min(limit, sum(sizes))
     dropped: Counter[str] = Counter()
     bad: list[BadRow] = []
-    num_lines = 0
+    num_lines = at = 0
+    rows = np.lib.format.open_memmap(file, mode="w+", dtype=ROW, shape=(num_rows,)) if num_rows else None
+    for k in range(count):
+        problems = [BadRow(*row) for row in json.loads(metas[k].read_text(encoding="utf-8"))["bad"]]
+        if rows is not None and sizes[k]:
+            found = np.load(chunks / f"{k}.npy", allow_pickle=False)[: num_rows - at]
+            rows[at : at + len(found)] = found
+            at += len(found)
+            num_lines += len(found)
+            if at == num_rows and limit is not None:  # what comes after the last sample is not looked at
+                problems = [row for row in problems if row.line < found[-1]["line"]]
+        num_lines += len(problems)
+        dropped.update(row.reason for row in problems)
+        bad += problems[: _BAD_KEPT - len(bad)]
+        if at == num_rows and limit is not None:
+            break
+    if rows is None:
+        np.save(file, np.empty(0, dtype=ROW))
+    else:
+        rows.flush()
+    return {
+        "num_rows": num_rows,
+        "num_lines": num_lines,
+        "dropped": dict(dropped),
+        "bad": [list(row) for row in bad],
+    }
 
+
+@lru_cache(maxsize=4)
+def _sizes(options: ImageOptions) -> Callable[[ImageRef], tuple[int, int]]:
     @lru_cache(maxsize=1 << 16)
-    def size_of(path: str, name: str) -> tuple[int, int]:
-        return image_size(path, name, settings.images)
+    def by_path(path: str, name: str) -> tuple[int, int]:
+        return image_size(path, name, options)
 
-    told = beaten
-    with tqdm(
-        total=source.num_bytes,
-        desc=f"index {source.name}",
-        unit="B",
-        unit_scale=True,
-        delay=3.0,
-        leave=False,
-        disable=None,
-    ) as bar:
-        for chunk in _chunks(source.lines(), _CHUNK_LINES):
-            num_lines += len(chunk)
-            rows, problems = _index_lines(chunk, source, settings, size_of)
-            blocks.append(rows)
-            dropped.update(row.reason for row in problems)
-            bad.extend(problems[: _BAD_KEPT - len(bad)])
-            done = chunk[-1].offset + len(chunk[-1].data)
-            bar.update(done - bar.n)
-            if bar.disable and time.monotonic() - told > _TELL_S:
-                told = time.monotonic()
-                log.info("index of source %r: %d lines, %.0f %%", source.name, num_lines, 100 * done / source.num_bytes)
-            if time.monotonic() - beaten > _HEARTBEAT_S:
-                heartbeat.touch()
-                beaten = time.monotonic()
-    rows = np.concatenate(blocks) if blocks else np.empty(0, dtype=ROW)
-    return rows, num_lines, dropped, bad
+    def size_of(image: ImageRef) -> tuple[int, int]:
+        head = image.header()
+        if isinstance(head, str):
+            return by_path(head, image.name)
+        try:
+            return image_size(head, image.name, options)
+        except BadSample:
+            whole = image.read()
+            if len(whole) == len(head):
+                raise
+            return image_size(whole, image.name, options)
+
+    return size_of
 
 
-def _index_lines(
-    chunk: Sequence[Line], source: JsonlSource, settings: IndexSettings, size_of: Callable[[str, str], tuple[int, int]]
+def _index_records(
+    chunk: Sequence[Record],
+    source: Source,
+    settings: IndexSettings,
+    size_of: Callable[[ImageRef], tuple[int, int]],
 ) -> tuple[NDArray[Any], list[BadRow]]:
     problems: list[BadRow] = []
-    found: list[tuple[Line, Sample, list[tuple[int, int]]]] = []
+    found: list[tuple[Record, Sample, list[tuple[int, int]]]] = []
     runs: list[chat.Run] = []
-    top = settings.tiling.max_tiles
-    for line in chunk:
-        try:
-            sample = parse_line(line.data)
-            sizes = [size_of(source.image_path(image), image) for image in sample.images]
-        except BadSample as error:
-            problems.append(BadRow(line.number, error.reason, str(error)))
+
+    def drop(record: Record, error: BadSample) -> None:
+        where = source.where(record.part, record.number)
+        problems.append(BadRow(record.number, error.reason, str(error), where))
+
+    for record in chunk:
+        if isinstance(record.sample, BadSample):
+            drop(record, record.sample)
             continue
-        found.append((line, sample, sizes))
-        thumbnail = settings.tiling.thumbnail
+        try:
+            sizes = [size_of(image) for image in record.sample.images]
+        except BadSample as error:
+            drop(record, error)
+            continue
+        found.append((record, record.sample, sizes))
+        top, thumbnail = source.max_tiles(record.sample, settings.tiling.max_tiles), settings.tiling.thumbnail
         guess = [tiling.num_tiles(width, height, top, settings.tile_size, thumbnail) for width, height in sizes]
-        runs += settings.lay_out(sample, guess)
+        runs += settings.lay_out(record.sample, guess)
     lengths: dict[str, int] = {}
     _measure(lengths, chat.texts(runs), settings.tokenizer)  # most texts at once: the tokenizer works in parallel
 
@@ -364,11 +556,11 @@ def _index_lines(
 
     rows = np.zeros(len(found), dtype=ROW)
     kept = 0
-    for line, sample, sizes in found:
+    for record, sample, sizes in found:
         try:
             found_fit = fit(
                 sizes,
-                top,
+                source.max_tiles(sample, settings.tiling.max_tiles),
                 settings.tiling,
                 settings.tile_size,
                 settings.max_tokens,
@@ -376,16 +568,18 @@ def _index_lines(
                 partial(settings.lay_out, sample),
                 lengths_of,
             )
+            if found_fit.trained == 0:
+                raise BadSample("no trained token", "no token of it carries loss")
         except BadSample as error:
-            problems.append(BadRow(line.number, error.reason, str(error)))
+            drop(record, error)
             continue
         rows[kept] = (
-            line.offset,
-            len(line.data),
-            line.number,
+            position(record.part, record.offset),
+            record.num_bytes,
+            record.number,
             found_fit.tokens,
             found_fit.trained,
-            line_hash(line.data),
+            record.hash,
             found_fit.tiles,
             found_fit.max_tiles,
             found_fit.changed,
@@ -400,22 +594,18 @@ def _measure(lengths: dict[str, int], texts: Iterable[str], tokenizer: ChatToken
     lengths.update(zip(new, tokenizer.lengths(new), strict=True))
 
 
-def _chunks(lines: Iterator[Line], size: int) -> Iterator[list[Line]]:
-    while chunk := list(islice(lines, size)):
-        yield chunk
-
-
 # ------------------------------------------------------------------------------------------------- reading, waiting
 
 
-def _read(source: JsonlSource, folder: Path, key: str) -> SourceIndex:
+def _read(source: Source, folder: Path, key: str) -> SourceIndex:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         rows = np.load(folder / "rows.npy", mmap_mode="r" if meta["num_rows"] else None, allow_pickle=False)
         if meta["key"] != key or rows.dtype != ROW or rows.shape != (meta["num_rows"],):
             raise ValueError("its parts do not belong together")
-        bad = tuple(BadRow(int(line), str(reason), str(message)) for line, reason, message in meta["bad"])
-        return SourceIndex(source.name, source.path, key, rows, int(meta["num_lines"]), dict(meta["dropped"]), bad)
+        bad = tuple(BadRow(int(line), *map(str, said)) for line, *said in meta["bad"])
+        num_lines, dropped = int(meta["num_lines"]), dict(meta["dropped"])
+        return SourceIndex(source.name, source.path, key, rows, num_lines, dropped, bad, source)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: the index is damaged ({error}); delete this folder and start again.") from error
 

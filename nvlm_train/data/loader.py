@@ -211,19 +211,20 @@ class _BadSamples:
             of = f"of {'the last ' if window < seen else ''}{window} samples seen"
             raise DataError(
                 f"source {name!r}: {bad} {of} cannot be used, more than data.max_bad_share {share} allows; the last is "
-                f"{self._plan.indexes[name].path}:{item.line}: {item.message}. All are in {self._file}."
+                f"{item.where}: {item.message}. All are in {self._file}."
             )
 
     def _write(self, step: int | None, item: Bad) -> None:
         path = self._plan.indexes[item.ref.source].path
         if self._warned[item.ref.source] < _WARNINGS_PER_SOURCE:
             self._warned[item.ref.source] += 1
-            log.warning("dropped %s:%d: %s (%s)", path, item.line, item.message, item.reason)
+            log.warning("dropped %s: %s (%s)", item.where, item.message, item.reason)
         record = {
             "step": step,
             "source": item.ref.source,
             "file": str(path),
             "line": item.line,
+            "where": item.where,
             "epoch": item.ref.epoch,
             "reason": item.reason,
             "message": item.message,

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from nvlm_train.batch import SampleRef
 from nvlm_train.data import chat, packing, tiling
 from nvlm_train.data.fit import shorten
-from nvlm_train.data.images import AUGMENTATIONS, BadSample, open_image, read_file
-from nvlm_train.data.index import IndexSettings, SourceIndex, line_hash, open_index
+from nvlm_train.data.images import AUGMENTATIONS, BadSample, open_image
+from nvlm_train.data.index import IndexSettings, SourceIndex, index_dir_of, open_index
 from nvlm_train.data.mixture import Draws, Mixture
 from nvlm_train.data.packing import Balance, Pack
 from nvlm_train.data.slow import SlowReads
-from nvlm_train.data.sources import JsonlSource, parse_line
+from nvlm_train.data.sources import Source, expand_sources, open_source
 from nvlm_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm_train.data.windows import (
     Column,
@@ -108,7 +108,7 @@ class DataPlan:
     world_size: int
     tokenizer: ChatTokenizer
     settings: IndexSettings
-    sources: Mapping[str, JsonlSource]
+    sources: Mapping[str, Source]
     indexes: Mapping[str, SourceIndex]
     mixture: Mixture
     train_rows: Mapping[str, NDArray[np.int64]]
@@ -286,16 +286,13 @@ class DataPlan:
         index, source, settings = self.indexes[ref.source], self.sources[ref.source], self.settings
         watch = watch or SlowReads(math.inf)
         row = index.rows[ref.row]
-        with watch.reading(f"{source.path}:{row['line']}"):
-            data = source.read(int(row["offset"]), int(row["num_bytes"]))
-        if line_hash(data) != int(row["hash"]):
-            raise BadSample("changed file", "the line has changed since it was indexed; start again to index it anew")
-        sample = parse_line(data)
+        with watch.reading(index.where(ref.row)):
+            sample = source.sample(row)
         tiles: list[NDArray[np.uint8]] = []
-        for name in sample.images:
-            path = source.image_path(name)
-            with watch.reading(path):
-                pixels = open_image(read_file(path, name), name, settings.images)
+        for image in sample.images:
+            with watch.reading(image.path or image.name):
+                data = image.read()
+            pixels = open_image(data, image.name, settings.images)
             if augment and self.recipe.data.augment != "none":
                 alter = AUGMENTATIONS[self.recipe.data.augment]
                 pixels = alter(pixels, self.recipe.seed, ref.source, ref.row, ref.epoch)
@@ -316,11 +313,12 @@ class DataPlan:
         return LoadedSample(ref, rendered, tiles)
 
 
-def open_data(recipe: schema.Recipe, *, rank: int, world_size: int) -> DataPlan:
+def open_data(recipe: schema.Recipe, *, rank: int, world_size: int, judge: bool = True) -> DataPlan:
     """Reads the tokenizer, indexes the sources (rank 0; others wait) and fixes the order.
 
-    Raises DataError with every problem of every source.
+    Raises DataError with every problem of every source; with `judge=False` (to look, not to train) bad lines are none.
     """
+    recipe = expand_sources(recipe)
     tokenizer = load_tokenizer(recipe.tokenizer.path)
     rows_of_embedding = recipe.model.language_model.vocab_size
     if tokenizer.vocab_size > rows_of_embedding:
@@ -330,15 +328,16 @@ def open_data(recipe: schema.Recipe, *, rank: int, world_size: int) -> DataPlan:
         )
     settings = IndexSettings.of(recipe, tokenizer)
     validation = recipe.validation
-    index_dir = Path(recipe.data.index_dir) if recipe.data.index_dir else Path(recipe.output_dir) / "data_index"
-    sources: dict[str, JsonlSource] = {}
+    index_dir = index_dir_of(recipe)
+    sources: dict[str, Source] = {}
     indexes: dict[str, SourceIndex] = {}
     problems: list[str] = []
     for name, given in {**recipe.data.mixture, **(validation.sources if validation else {})}.items():
         try:
-            source = JsonlSource(name, given)
+            source = open_source(name, given)
             begin = time.monotonic()
-            indexes[name] = open_index(source, settings, index_dir, max_bad_share=recipe.data.max_bad_share, rank=rank)
+            share = recipe.data.max_bad_share
+            indexes[name] = open_index(source, settings, index_dir, max_bad_share=share, rank=rank, judge=judge)
             sources[name] = source
         except DataError as error:
             problems.append(str(error))
@@ -463,7 +462,7 @@ def _report(index: SourceIndex, index_dir: Path, seconds: float) -> None:
     log.info("source %r: %d samples of %d lines (index %.1f s)", index.name, len(index.rows), index.num_lines, seconds)
     for reason, count in sorted(index.dropped.items()):
         first = next((row for row in index.bad if row.reason == reason), None)
-        where = f", first {index.path}:{first.line}: {first.message}" if first else ""
+        where = f", first {first.where}: {first.message}" if first else ""
         log.warning("source %r: %d dropped as %s%s", index.name, count, reason, where)
     if index.num_bad:
         folder = index_dir / f"{index.name}-{index.key}"

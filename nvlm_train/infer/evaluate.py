@@ -58,7 +58,10 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
                         content.append({"type": "text", "text": part["text"]})
                     else:
                         content.append({"type": "image"})
-                        order.append(source.image_path(sample.images[part["image"]]))
+                        image = sample.images[part["image"]]
+                        if image.data is not None:
+                            raise DataError(f"image {image.name} is in the row itself; evaluate reads image files")
+                        order.append(source.image_path(image.name))
                 messages.append({"role": message["role"], "content": content})
             missing = [image for image in order if not os.path.isfile(image)]
             if missing:

@@ -390,7 +390,10 @@ def _wrong_value(item: Any, key: Key | None, place: Place) -> str:
     wanted = _article(key.kind) if key is not None else "another value"
     if key is not None and isinstance(place[-1], int):
         wanted = _article(key.kind.removeprefix("list of "))
-    if key is not None and key.named and place and find_key(place[:-1]) is key:
+    behind_a_name = key is not None and key.named and bool(place) and find_key(place[:-1]) is key
+    if behind_a_name and key is not None and key.section is None:
+        wanted = _article(key.kind.removeprefix("mapping of names to "))
+    elif behind_a_name and key is not None:
         return f"is not a section; give one{_inside_named(key)}"  # what stands behind a name
     if value is None and kind != "none_required":
         return f"is empty; give {wanted}" + _inside(key)
@@ -563,7 +566,12 @@ def _origins(recipe: Recipe, tree: Value) -> dict[str, Origin]:
                 walk(value, child, f"{prefix}{name}.")
             elif isinstance(value, dict) and value:
                 for inner, named in value.items():
-                    walk(named, _child(child, inner) if child is not None else None, f"{prefix}{name}.{inner}.")
+                    node_of = _child(child, inner) if child is not None else None
+                    if isinstance(named, Section):
+                        walk(named, node_of, f"{prefix}{name}.{inner}.")
+                    else:  # a mapping of names to plain values
+                        origin = node_of.origin if node_of is not None else Origin("default")
+                        origins[f"{prefix}{name}.{inner}"] = origin
             elif child is not None:
                 origins[prefix + name] = child.origin
             else:

@@ -286,15 +286,87 @@ class Tiling(Section):
     )
 
 
-class Source(Section):
-    """One source of the mixture: a file of conversations."""
+class Columns(Section):
+    """What a source calls its fields, where it is not what we call them. In tars: a member's extension, or a place in
+    one: `txt`, `json[caption]`, `json[0][value]`, `jpg,png` (the first that is there)."""
 
-    kind: Literal["jsonl"] = key(
-        "jsonl", doc="jsonl: one sample a line, with `messages` or `conversations`.", resume="ask"
+    messages: str | None = key(None, doc="Conversation; else messages or conversations.", resume="ask")
+    role: str | None = key(None, doc="A turn's role; else role or from.", resume="ask")
+    content: str | None = key(None, doc="A turn's content; else content or value.", resume="ask")
+    texts: str | None = key(
+        None, doc="Pairs of user and assistant (the_cauldron, FineVision); else texts.", resume="ask"
     )
-    path: str = key(doc="The file.", path=True, resume="free")
+    images: str | None = key(None, doc="Image or list of images; else image or images.", resume="ask")
+    system: str | None = key(None, doc="A row's system text; else system.", resume="ask")
+    question: str | None = key(None, doc="Question; else question.", resume="ask")
+    choices: str | None = key(None, doc="Options of a multiple-choice question; else choices.", resume="ask")
+    answer: str | None = key(
+        None,
+        doc="Answer, or a list of which one is chosen by the sample's hash; with choices its number from 0, its letter "
+        "or its text; else answer or answers.",
+        resume="ask",
+    )
+    caption: str | None = key(None, doc="Caption; else caption, or text beside an image.", resume="ask")
+    text: str | None = key(None, doc="A plain text that is trained as a whole; else text.", resume="ask")
+
+
+class Ratings(Section):
+    """Least ratings of the pairs of a FineVision row; pairs below are left out, unrated ones stay."""
+
+    relevance: int | None = key(None, doc="Least of relevance_ratings.", resume="ask")
+    image_correspondence: int | None = key(None, doc="Least of image_correspondence_ratings.", resume="ask")
+    visual_dependency: int | None = key(None, doc="Least of visual_dependency_ratings.", resume="ask")
+    formatting: int | None = key(None, doc="Least of formatting_ratings.", resume="ask")
+
+
+class Source(Section):
+    """One source of the mixture."""
+
+    kind: Literal["jsonl", "json", "internvl", "hf", "webdataset", "energon", "text"] = key(
+        "jsonl",
+        doc="jsonl: one sample a line, with `messages` or `conversations`. json: one array of them. internvl: a meta "
+        "file; each of its annotations becomes a source. hf: parquet files or a folder of save_to_disk. webdataset: "
+        "tars. energon: a blend; each of its data sets becomes a source. text: plain texts (.txt; {text} in .jsonl, "
+        ".json or .parquet), trained as a whole and ended by <|endoftext|>.",
+        resume="ask",
+    )
+    path: str = key(
+        doc="File, folder, glob, files by braces (a-{000..010}.tar), or a URL that fsspec knows (s3://, gs://, http://).",
+        path=True,
+        resume="free",
+    )
     image_root: str | None = key(
         None, doc="Folder that image paths are relative to; default: the file's own folder.", path=True, resume="free"
+    )
+    columns: Columns | None = key(None, doc="What the source calls its fields; absent: as we do.", resume="ask")
+    roles: dict[str, Literal["user", "assistant", "system"]] = key(
+        {}, doc="Roles beside user, human, assistant, gpt, system: {observation: user}.", resume="ask"
+    )
+    system: str | None = key(None, doc="System text of rows that bring none; default: tokenizer.system.", resume="ask")
+    train_on: Literal["all_turns", "last_turn"] = key(
+        "all_turns",
+        doc="Assistant turns that are trained on; a message with `loss: false` never is.",
+        resume="ask",
+    )
+    prompt: Literal["caption", "vqa", "ocr", "document", "multiple_choice"] | None = key(
+        None,
+        doc="Wording of the request, one of several by the sample's hash. caption, ocr, document: for images with a "
+        "text but no question (default: caption). vqa: asks for a short answer. multiple_choice: needs `choices`.",
+        resume="ask",
+    )
+    min_ratings: Ratings | None = key(None, doc="FineVision: least ratings; absent: all pairs.", resume="ask")
+    split: str = key("train", doc="Split of a saved DatasetDict, of an Energon folder or blend.", resume="ask")
+    max_samples: int | None = key(
+        None, doc="Only the first so many usable samples, for a quick trial; default: all.", gt=0, resume="ask"
+    )
+    max_tiles: int | None = key(
+        None, doc="Tile maximum of this source's images; default: data.tiling.max_tiles.", ge=1, le=12, resume="ask"
+    )
+    max_tiles_shared: bool = key(
+        False,
+        doc="Whether a sample's images share the tile maximum, each getting max(1, max_tiles // images), as InternVL "
+        "does.",
+        resume="ask",
     )
     weight: Number = key(
         1.0, doc="Share of samples (or of tokens: data.weight_unit), relative to the other sources.", gt=0, resume="ask"
@@ -332,8 +404,8 @@ class Data(Section):
     overlong: Literal["drop", "truncate_text", "fewer_tiles", "error"] = key(
         "fewer_tiles",
         doc="A sample longer than max_tokens_per_sample: drop it; cut off text at its end, as far as its last image "
-        "and something to train on stay whole; cut its images into fewer tiles (8, 6, 4, 2, 1) and drop it only when "
-        "that is not enough; or stop. Never cut through an image.",
+        "and something to train on stay whole; cut its images into fewer tiles (8, 6, 4, 2, 1) and drop it only "
+        "when that is not enough; or stop. Never cut through an image.",
         resume="ask",
     )
     decode: Literal["exact", "fast"] = key(
@@ -390,6 +462,12 @@ class Data(Section):
     )
     slow_read_s: Number = key(
         30.0, doc="A file read that takes longer is named in the log, with the seconds so far.", gt=0, resume="free"
+    )
+    index_workers: int = key(
+        0,
+        doc="Processes that build the length index; 0: one for small sources, else one for each core that may be used.",
+        ge=0,
+        resume="free",
     )
     index_dir: str | None = key(
         None, doc="Folder of the length index; default: OUTPUT_DIR/data_index.", path=True, resume="free"

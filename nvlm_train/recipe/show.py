@@ -20,7 +20,7 @@ from nvlm_train.recipe.yaml import describe
 def check_command(args: Namespace) -> int:
     """`recipe check`: one line where the recipe is good; all of its problems (RecipeError) where it is not."""
     try:
-        resolved = resolve(load_recipe(args.recipe, args.overrides).recipe, _world_size(args))
+        resolved = resolve(load_recipe(args.recipe, args.overrides).recipe, world_size_of(args))
     except RecipeError as error:
         if not args.json:
             raise
@@ -49,7 +49,7 @@ def check_command(args: Namespace) -> int:
 def show_command(args: Namespace) -> int:
     """`recipe show`: every effective value with its origin, and everything that follows from them."""
     loaded = load_recipe(args.recipe, args.overrides)
-    resolved = resolve(loaded.recipe, _world_size(args))
+    resolved = resolve(loaded.recipe, world_size_of(args))
     values = flatten(recipe_to_dict(loaded.recipe))
     origins = {name: str(loaded.origins.get(name, "default")) for name in values}
     if args.json:
@@ -270,7 +270,7 @@ def describe_yaml(value: Any) -> str:
     return describe(value)
 
 
-def _world_size(args: Namespace) -> int:
+def world_size_of(args: Namespace) -> int:
     """--world-size, or the launcher's WORLD_SIZE, or 1."""
     if args.world_size is not None:
         return int(args.world_size)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus import write_tokenizer
 
+from corpus import write_tokenizer
 from nvlm_train.batch import IGNORE_INDEX
 from nvlm_train.data.chat import Rendered, lay_out, render, render_prompt, tile_tags
 from nvlm_train.data.tokenizer import ChatTokenizer, load_tokenizer

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpus import IMAGE_TOKENS, TILE, make_recipe, turns, write_image, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpus import IMAGE_TOKENS, TILE, make_recipe, turns, write_image, write_rows
 from nvlm_train.batch import IGNORE_INDEX, SampleRef
 from nvlm_train.data import chat, tiling
 from nvlm_train.data.fit import FEWER_TILES, TRUNCATED, shorten

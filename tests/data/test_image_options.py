@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpus import TILE, make_recipe, turns, write_image_rows, write_rows
 from PIL import Image, ImageDraw
 
+from corpus import TILE, make_recipe, turns, write_image_rows, write_rows
 from nvlm_train.batch import SampleRef
 from nvlm_train.data import tiling
 from nvlm_train.data.images import BadSample, ImageOptions, image_size, open_image, recompress

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpus import write_image
 from PIL import Image
 
+from corpus import write_image
 from nvlm_train.data import images
 from nvlm_train.data.images import BadSample, image_size, open_image
 from nvlm_train.errors import DataError

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from corpus import (
     IMAGE_TOKENS,
     TILE,
+    make_recipe,
     turns,
     write_image,
     write_image_rows,
@@ -22,11 +24,10 @@ from corpus import (
     write_text_rows,
     write_tokenizer,
 )
-
 from nvlm_train.batch import IGNORE_INDEX
 from nvlm_train.data import chat, index, tiling
 from nvlm_train.data.index import IndexSettings, SourceIndex, open_index
-from nvlm_train.data.sources import JsonlSource, parse_line
+from nvlm_train.data.sources import JsonlSource, lines, source
 from nvlm_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm_train.errors import DataError
 from nvlm_train.recipe.schema import Source, Tiling
@@ -43,8 +44,8 @@ def settings_with(tokenizer: ChatTokenizer, **changes: Any) -> IndexSettings:
 
 
 def build(path: Path, settings: IndexSettings, max_bad_share: float = 0.5) -> SourceIndex:
-    source = JsonlSource("s", Source(path=str(path)))
-    return open_index(source, settings, path.parent / "index", max_bad_share=max_bad_share, rank=0)
+    opened = JsonlSource("s", Source(path=str(path)))
+    return open_index(opened, settings, path.parent / "index", max_bad_share=max_bad_share, rank=0)
 
 
 @pytest.mark.parametrize("template", ["nvlm_qwen2", "hf_nvlm"])
@@ -54,11 +55,11 @@ def test_rows_equal_rendered_samples(tmp_path: Path, tokenizer: ChatTokenizer, t
     with path.open("ab") as file:
         file.write(write_text_rows(tmp_path / "b.jsonl", 20).read_bytes())
     built = build(path, settings)
-    source = JsonlSource("s", Source(path=str(path)))
+    opened = JsonlSource("s", Source(path=str(path)))
     assert len(built.rows) == built.num_lines == 40
     for row in built.rows:
-        sample = parse_line(source.read(int(row["offset"]), int(row["num_bytes"])))
-        sizes = [index.image_size(source.image_path(image)) for image in sample.images]
+        sample = opened.sample(row)
+        sizes = [index.image_size(image.read()) for image in sample.images]
         tiles = [tiling.num_tiles(w, h, int(row["max_tiles"]), TILE, True) for w, h in sizes]
         rendered = chat.render(sample.messages, tiles, tokenizer, template, Tiling(), IMAGE_TOKENS, None)
         assert len(rendered.input_ids) == row["tokens"]
@@ -213,8 +214,8 @@ def test_reused_only_while_nothing_changed(
     assert len(builds) == 12
     assert built() == 12
     # a file larger than is read whole is known by its time and its ends
-    monkeypatch.setattr(index, "_WHOLE_FILE_BYTES", 10)
-    monkeypatch.setattr(index, "_END_BYTES", 5)
+    monkeypatch.setattr(source, "_WHOLE_BYTES", 10)
+    monkeypatch.setattr(source, "_END_BYTES", 5)
     assert [built(), built()] == [13, 13]
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert built() == 14
@@ -244,8 +245,8 @@ def test_other_ranks_wait_for_rank_zero(tmp_path: Path, tokenizer: ChatTokenizer
     results: list[Any] = []
 
     def other() -> None:
-        source = JsonlSource("s", Source(path=str(path)))
-        results.append(open_index(source, settings_with(tokenizer), tmp_path / "index", max_bad_share=0.5, rank=1))
+        opened = JsonlSource("s", Source(path=str(path)))
+        results.append(open_index(opened, settings_with(tokenizer), tmp_path / "index", max_bad_share=0.5, rank=1))
 
     thread = threading.Thread(target=other)
     thread.start()
@@ -259,8 +260,8 @@ def test_other_ranks_wait_for_rank_zero(tmp_path: Path, tokenizer: ChatTokenizer
 
 def test_waiting_ends_only_without_a_sign_of_life(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     path = write_text_rows(tmp_path / "a.jsonl", 10)
-    source, settings = JsonlSource("s", Source(path=str(path))), settings_with(tokenizer)
-    folder = tmp_path / "index" / f"s-{index.index_key(source, settings)}"
+    opened, settings = JsonlSource("s", Source(path=str(path))), settings_with(tokenizer)
+    folder = tmp_path / "index" / f"s-{index.index_key(opened, settings)}"
     folder.parent.mkdir()
     heartbeat = index._heartbeat_file(folder)
     beats = 8
@@ -274,7 +275,7 @@ def test_waiting_ends_only_without_a_sign_of_life(tmp_path: Path, tokenizer: Cha
     begin = time.monotonic()
     thread.start()
     with pytest.raises(DataError, match=r"waited 0 s for rank 0 to build .*s-[0-9a-f]{16} without a sign of life"):
-        open_index(source, settings, tmp_path / "index", max_bad_share=0.5, rank=1, timeout_s=0.4)
+        open_index(opened, settings, tmp_path / "index", max_bad_share=0.5, rank=1, timeout_s=0.4)
     assert time.monotonic() - begin > beats * 0.1
     thread.join()
 
@@ -287,9 +288,9 @@ def test_damaged_or_unwritable_index(tmp_path: Path, tokenizer: ChatTokenizer) -
     with pytest.raises(DataError, match=r"the index is damaged .*delete this folder"):
         build(path, settings_with(tokenizer))
     (tmp_path / "file").write_text("")
-    source = JsonlSource("s", Source(path=str(path)))
+    opened = JsonlSource("s", Source(path=str(path)))
     with pytest.raises(DataError, match="cannot keep the index of source 's' there"):
-        open_index(source, settings_with(tokenizer), tmp_path / "file", max_bad_share=0.5, rank=0)
+        open_index(opened, settings_with(tokenizer), tmp_path / "file", max_bad_share=0.5, rank=0)
 
 
 def test_speed(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
@@ -298,3 +299,149 @@ def test_speed(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     begin = time.process_time()
     assert len(build(path, settings_with(tokenizer)).rows) == 5000
     assert time.process_time() - begin < 3.0
+
+
+def tars(folder: Path, count: int = 3) -> Path:
+    from test_formats import members_of, write_tar
+
+    for k in range(count):
+        write_tar(folder / f"{k}.tar", [m for i in range(4) for m in members_of(f"{k}_{i}", f"question {i}")])
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_build_index_of_every_kind(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process or two: the same files, byte for byte; rows equal what rendering gives; nothing is left over."""
+    from test_formats import cauldron, document, write_parquet
+
+    monkeypatch.setattr(lines, "UNIT_BYTES", 500)
+    monkeypatch.setattr(index, "_ALONE", {"B": 5000, "row": 10})  # the tars go to processes
+    texts = [{"text": "what is"}, {"text": "seven"}]
+    mixture = {
+        "jsonl": {"path": str(write_image_rows(tmp_path / "a.jsonl", 12))},
+        "hf": {"kind": "hf", "path": str(write_parquet(tmp_path / "d" / "a.parquet", cauldron(10)))},
+        "tar": {"kind": "webdataset", "path": str(tars(tmp_path / "t")), "max_tiles": 2},
+        "text": {"kind": "text", "path": str(write_rows(tmp_path / "t.jsonl", texts))},
+    }
+    recipe = make_recipe(tmp_path, mixture, data__index_dir=str(tmp_path / f"index{workers}"))
+    indexes = index.build_index(recipe, workers)
+    settings = IndexSettings.of(recipe, load_tokenizer(recipe.tokenizer.path))
+    assert {name: len(found.rows) for name, found in indexes.items()} == {"jsonl": 12, "hf": 10, "tar": 12, "text": 2}
+    assert indexes["tar"].rows["max_tiles"].tolist() == [2] * 12
+    assert indexes["tar"].shards().tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert indexes["tar"].where(5) == f"{tmp_path / 't' / '1.tar'}, sample 2"
+    assert indexes["text"].source.sample(indexes["text"].rows[0]).messages == document("what is")
+    for found in indexes.values():
+        for row in found.rows:
+            sample = found.source.sample(row)
+            sizes = [index.image_size(image.read()) for image in sample.images]
+            tiles = [tiling.num_tiles(w, h, int(row["max_tiles"]), TILE, True) for w, h in sizes]
+            rendered = chat.render(
+                sample.messages, tiles, settings.tokenizer, "nvlm_qwen2", Tiling(), IMAGE_TOKENS, None
+            )
+            assert len(rendered.input_ids) == row["tokens"]
+            assert int((rendered.labels != IGNORE_INDEX).sum()) == row["trained"]
+            assert len(rendered.tile_starts) == row["tiles"]
+    names = sorted(os.listdir(tmp_path / f"index{workers}"))
+    assert names == sorted(f"{name}-{found.key}" for name, found in indexes.items())
+    monkeypatch.setattr(index, "_scan", None)
+    again = index.build_index(recipe, workers)
+    assert all(np.array_equal(again[name].rows, indexes[name].rows) for name in again)
+
+
+def test_plain_text_is_trained_to_its_end(tokenizer: ChatTokenizer) -> None:
+    messages = [{"role": "text", "content": [{"text": "what is red"}]}]
+    rendered = chat.render(messages, [], tokenizer, "nvlm_qwen2", Tiling(), IMAGE_TOKENS, "a system text is not added")
+    ids = [*tokenizer.encode("what is red"), tokenizer.pad]
+    assert rendered.input_ids.tolist() == ids
+    assert rendered.labels.tolist() == [*ids[1:], IGNORE_INDEX]
+
+
+def test_a_turn_without_loss_is_masked(tokenizer: ChatTokenizer) -> None:
+    first, second = ([{"role": "user", "content": [{"text": q}]}, {"role": "assistant", "content": [{"text": "yes"}]}]
+                     for q in "ab")  # fmt: skip
+    both = chat.render([*first, *second], [], tokenizer, "nvlm_qwen2", Tiling(), 4, None)
+    masked = [first[0], {**first[1], "loss": False}, *second]
+    second_only = chat.render(masked, [], tokenizer, "nvlm_qwen2", Tiling(), 4, None)
+    assert second_only.input_ids.tolist() == both.input_ids.tolist()
+    half = len(both.labels) // 2
+    assert (second_only.labels[:half] == IGNORE_INDEX).all()
+    assert second_only.labels[half:].tolist() == both.labels[half:].tolist()
+    assert (both.labels[:half] != IGNORE_INDEX).any()
+
+
+def test_a_build_goes_on_where_it_was_cut_off(
+    tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "UNIT_BYTES", 300)
+    path = write_text_rows(tmp_path / "a.jsonl", 60)
+    done: list[Any] = []
+    real = index._index_unit
+
+    def dies_later(opened: Any, settings: Any, unit: Any, *more: Any) -> int:
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(unit)
+        return real(opened, settings, unit, *more)
+
+    monkeypatch.setattr(index, "_index_unit", dies_later)
+    with pytest.raises(KeyboardInterrupt):
+        build(path, settings_with(tokenizer))
+    monkeypatch.setattr(index, "_index_unit", lambda o, s, unit, *more: done.append(unit) or real(o, s, unit, *more))
+    built = build(path, settings_with(tokenizer))
+    assert len(done) == len(set(done)) == len(list(built.source.units())) > 15
+    assert built.rows["line"].tolist() == list(range(1, 61))
+    assert os.listdir(tmp_path / "index") == [f"s-{built.key}"]
+
+
+def test_max_samples(tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "UNIT_BYTES", 300)
+    good = {"messages": turns("what", "yes")}
+    path = write_rows(tmp_path / "a.jsonl", [good, b"x", *[good] * 30, b"x", *[good] * 30])
+    opened = JsonlSource("s", Source(path=str(path), max_samples=25))
+    built = open_index(opened, settings_with(tokenizer), tmp_path / "index", max_bad_share=0.5, rank=0)
+    assert (built.rows["line"].tolist(), built.num_lines, built.num_bad) == ([1, *range(3, 27)], 26, 1)
+
+
+def test_what_a_source_reads_is_part_of_the_key(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    path = write_text_rows(tmp_path / "a.jsonl", 5)
+    changes: list[dict[str, Any]] = [
+        {}, {"train_on": "last_turn"}, {"system": "S"}, {"max_samples": 3}, {"max_tiles": 2}, {"prompt": "vqa"},
+        {"columns": {"messages": "x"}}, {"roles": {"x": "user"}},
+    ]  # fmt: skip
+    given = [Source.model_validate({"path": str(path), **change}) for change in changes]
+    keys = [index.index_key(JsonlSource("s", one), settings_with(tokenizer)) for one in given]
+    assert len(set(keys)) == len(keys)
+    same = JsonlSource("other", Source(path=str(path), weight=3.0, license="MIT"))
+    assert index.index_key(same, settings_with(tokenizer)) == keys[0]
+
+
+def test_rows_below_a_rating_are_not_bad(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    from nvlm_train.data.sources import open_source
+    from test_formats import cauldron, write_parquet
+
+    path = write_parquet(tmp_path / "a.parquet", cauldron(10))
+    given = Source.model_validate({"kind": "hf", "path": str(path), "min_ratings": {"relevance": 4}})
+    built = open_index(open_source("s", given), settings_with(tokenizer), tmp_path / "i", max_bad_share=0.0, rank=0)
+    assert (len(built.rows), built.dropped, built.num_bad) == (2, {"below rating": 8}, 0)
+
+
+def test_memory_of_a_build_does_not_grow_with_samples(
+    tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peak of Python's allocations for 1,000 and 5,000 rows: measured 0.26 and 0.27 MiB."""
+    import gc
+    import tracemalloc
+
+    monkeypatch.setattr(lines, "UNIT_BYTES", 10_000)
+    monkeypatch.setattr(source, "_END_BYTES", 10_000)
+    peaks = []
+    gc.freeze()  # what other tests have left would put off the collection of this one's garbage
+    for count in (100, 1_000, 5_000):  # the first loads what is loaded once
+        path = write_text_rows(tmp_path / f"{count}.jsonl", count)
+        tracemalloc.start()
+        build(path, settings_with(tokenizer))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    gc.unfreeze()
+    assert peaks[2] < 1.5 * peaks[1], peaks

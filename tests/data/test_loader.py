@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpus import IMAGE_TOKENS, TILE, make_recipe, turns, write_image, write_image_rows, write_rows, write_text_rows
 
+from corpus import IMAGE_TOKENS, TILE, make_recipe, turns, write_image, write_image_rows, write_rows, write_text_rows
 from nvlm_train.batch import IGNORE_INDEX, Batch, SampleRef
 from nvlm_train.data import assembly, chat, loader, tiling
 from nvlm_train.data import plan as plan_module
@@ -23,7 +23,8 @@ from nvlm_train.data.assembly import Builder, null_batch
 from nvlm_train.data.images import BadSample, open_image
 from nvlm_train.data.loader import StepData, StepLoader, validation_batches
 from nvlm_train.data.plan import DataPlan, open_data
-from nvlm_train.data.sources import JsonlSource, parse_line
+from nvlm_train.data.sources import JsonlSource
+from nvlm_train.data.sources import rows as sources_rows
 from nvlm_train.errors import DataError
 from nvlm_train.recipe.schema import Recipe
 
@@ -150,9 +151,9 @@ def test_packed_streams_equal_rendered_samples(folder: Path, micro_batch_size: i
         for ref, (ids, labels, tiles) in contents.items():
             row = plan.indexes[ref.source].rows[ref.row]
             source = sources[ref.source]
-            sample = parse_line(source.read(int(row["offset"]), int(row["num_bytes"])))
+            sample = source.sample(row)
             limit = int(row["max_tiles"])  # lower than 6 where the sample would be over-long
-            cut = [tiling.cut(open_image(source.image_path(i)), limit, TILE, True) for i in sample.images]
+            cut = [tiling.cut(open_image(i.read()), limit, TILE, True) for i in sample.images]
             alone = chat.render(
                 sample.messages, [len(c) for c in cut], plan.tokenizer, template, recipe.data.tiling, IMAGE_TOKENS, None
             )
@@ -528,7 +529,7 @@ def test_bytes_bound_what_is_prepared(folder: Path) -> None:
 def test_a_slow_read_is_named_while_it_lasts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read = plan_module.read_file
+    read = sources_rows.read_file
     slow: list[str] = []
 
     def slowly(path: str, name: str) -> bytes:
@@ -537,7 +538,7 @@ def test_a_slow_read_is_named_while_it_lasts(
             time.sleep(0.8)
         return read(path, name)
 
-    monkeypatch.setattr(plan_module, "read_file", slowly)
+    monkeypatch.setattr(sources_rows, "read_file", slowly)
     plan = open_data(recipe_of(folder, data__slow_read_s=0.2), rank=0, world_size=1)
     logging.getLogger("nvlm_train").propagate = True
     with caplog.at_level(logging.WARNING):
@@ -558,7 +559,7 @@ def test_a_stuck_read_does_not_keep_the_trainer_from_ending(
         release.wait(30)
         raise BadSample("unreadable image", "released")
 
-    monkeypatch.setattr(plan_module, "read_file", stuck)
+    monkeypatch.setattr(sources_rows, "read_file", stuck)
     monkeypatch.setattr(assembly, "CLOSE_TIMEOUT_S", 0.3)
     logging.getLogger("nvlm_train").propagate = True
     steps = StepLoader(open_data(recipe_of(folder), rank=0, world_size=1), start_step=0, end_step=5)
@@ -585,7 +586,7 @@ def test_the_share_of_bad_samples_is_that_of_the_last_ten_thousand(
         watch = loader._BadSamples(plan)
         for k in range(count):
             ref = SampleRef("s", k, 0)
-            bad = [assembly.Bad(ref, k + 1, "unreadable image", "broken")] if k in bad_at else []
+            bad = [assembly.Bad(ref, k + 1, f"a.jsonl:{k + 1}", "unreadable image", "broken")] if k in bad_at else []
             arrays = {"samples": () if bad else (ref,)}
             watch.account(0, assembly.Built({**assembly_arrays(plan), **arrays}, 1, {}, bad))
         return count

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpus import make_recipe, turns, write_image, write_image_rows, write_rows, write_text_rows
 
+from corpus import make_recipe, turns, write_image, write_image_rows, write_rows, write_text_rows
 from nvlm_train.batch import Batch, SampleRef
 from nvlm_train.data import loader_process
 from nvlm_train.data.assembly import Closed

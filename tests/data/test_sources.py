@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus import turns, write_image, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corpus import turns, write_image, write_rows
 from nvlm_train.data.images import BadSample
-from nvlm_train.data.sources import JsonlSource, parse_line, parse_row
+from nvlm_train.data.sources import JsonlSource, Sample, parse_line, parse_row
 from nvlm_train.errors import DataError
 from nvlm_train.recipe.schema import Source
 
@@ -26,10 +26,14 @@ def user(*content: str | int) -> dict[str, Any]:
     }
 
 
+def names(sample: Sample) -> list[str]:
+    return [image.name for image in sample.images]
+
+
 def test_messages_with_markers() -> None:
     row = {"messages": turns("a <image> b <image>", "yes"), "images": ["x.png", "y.png"]}
     sample = parse_row(row)
-    assert sample.images == ["x.png", "y.png"]
+    assert names(sample) == ["x.png", "y.png"]
     assert sample.messages == [user("a ", 0, " b ", 1), ANSWER]
 
 
@@ -44,7 +48,7 @@ def test_llava_row() -> None:
         ],
     }
     sample = parse_row(row)
-    assert sample.images == ["x.png"]
+    assert names(sample) == ["x.png"]
     assert sample.messages == [{"role": "system", "content": [{"text": "Be brief."}]}, user(0, "\nWhat?"), ANSWER]
 
 
@@ -84,19 +88,19 @@ def test_content_list(part: dict[str, Any]) -> None:
     row = {"messages": turns("", "yes")}
     row["messages"][0]["content"] = [{"type": "text", "text": "see "}, part, {"type": "text", "text": "?"}]
     sample = parse_row(row)
-    assert (sample.images, sample.messages[0]) == (["x.png"], user("see ", 0, "?"))
+    assert (names(sample), sample.messages[0]) == (["x.png"], user("see ", 0, "?"))
 
 
 def test_content_list_with_images_beside() -> None:
     row = {"images": ["x", "y"], "messages": turns("", "yes")}
     row["messages"][0]["content"] = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "same?"}]
     sample = parse_row(row)
-    assert (sample.images, sample.messages[0]) == (["x", "y"], user(0, 1, "same?"))
+    assert (names(sample), sample.messages[0]) == (["x", "y"], user(0, 1, "same?"))
 
 
 def test_text_only() -> None:
     sample = parse_row({"messages": turns("Q", "yes"), "images": None})
-    assert (sample.images, sample.messages) == ([], [user("Q"), ANSWER])
+    assert (names(sample), sample.messages) == ([], [user("Q"), ANSWER])
 
 
 GOOD = turns("Q", "yes")
@@ -129,7 +133,8 @@ BAD: list[tuple[Any, str, str]] = [
     ({"messages": GOOD, "image": ""}, "bad image path", "given as str"),
     ({"messages": GOOD, "image": "x", "images": ["x"]}, "bad image path", "both 'image' and 'images'"),
     ({"messages": GOOD, "image": "https://a.b/c.png"}, "bad image path", "is not a file"),
-    ({"messages": GOOD, "image": "data:image/png;base64,AAAA"}, "bad image path", "is not a file"),
+    ({"messages": GOOD, "image": "data:image/png,AAAA"}, "bad image path", "a data: URL must be base64"),
+    ({"messages": GOOD, "image": "data:image/png;base64,A*"}, "bad image path", "nor readable base64"),
     ({"messages": [{"role": "user", "content": 3}]}, "bad content", "turn 1 has content of type int"),
     ({"messages": [{"role": "user"}]}, "bad content", "turn 1 has content of type NoneType"),
     ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "bad content", "a part of type 'video'"),

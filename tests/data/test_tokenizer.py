@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from corpus import CONTROL, write_tokenizer
 
+from corpus import CONTROL, write_tokenizer
 from nvlm_train.data.tokenizer import load_tokenizer
 from nvlm_train.errors import DataError
 

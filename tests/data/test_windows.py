@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpus import make_recipe, write_image_rows, write_text_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpus import make_recipe, write_image_rows, write_text_rows
 from nvlm_train.batch import SampleRef
 from nvlm_train.data import windows as windows_module
 from nvlm_train.data.mixture import Mixture

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from zero_jobs import deal  # imports no deepspeed by itself
 
 from helpers import run_distributed
 from nvlm_train.engine.optim import build_optimizer, parameter_groups
 from nvlm_train.recipe import schema
 from tiny import model_config, seeded_model
+from zero_jobs import deal  # imports no deepspeed by itself
 
 JOB = "engine/zero_jobs.py:train_steps"
 LR = 1e-2

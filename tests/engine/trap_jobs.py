@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from zero_jobs import full_state, start
 
 from nvlm_train.engine import engine as zero
 from nvlm_train.engine.optim import full_shape
 from nvlm_train.model.nvlm import NvlmD, encode_tiles
 from tiny import make_batch, model_config, seeded_value
+from zero_jobs import full_state, start
 
 SAMPLES = [(9, 1), (7, 0), (12, 2)]
 

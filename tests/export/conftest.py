@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_nvlm import MemoryWeights, make_recipe, make_tokenizer, random_weights
 
 from nvlm_train.export import hf
+from tiny_nvlm import MemoryWeights, make_recipe, make_tokenizer, random_weights
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_nvlm import make_recipe
 
 from nvlm_train.errors import CheckpointError
 from nvlm_train.export import card
+from tiny_nvlm import make_recipe
 
 
 def folder(license: str | None, source: str | None = None) -> dict[str, Any]:

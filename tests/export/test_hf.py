@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_nvlm import MemoryWeights, make_recipe, make_tokenizer, random_weights
 
 from nvlm_train.errors import CheckpointError, SetupError
 from nvlm_train.export import hf, key_map, verify
+from tiny_nvlm import MemoryWeights, make_recipe, make_tokenizer, random_weights
 
 
 def read_all(folder: Path) -> dict[str, torch.Tensor]:

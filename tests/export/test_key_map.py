@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_nvlm import make_recipe, random_weights
 
 from nvlm_train.errors import CheckpointError
 from nvlm_train.export import hf, key_map, verify
 from nvlm_train.model.pretrained import expected_shapes
 from nvlm_train.recipe.schema import LANGUAGE_MODEL_PRESETS, VISION_PRESETS, Model
+from tiny_nvlm import make_recipe, random_weights
 
 FULL_SIZE = Model.model_validate(
     {

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_nvlm import MemoryWeights, make_recipe, random_weights
 
 from nvlm_train.batch import IGNORE_INDEX
 from nvlm_train.data import chat, tiling
@@ -21,6 +20,7 @@ from nvlm_train.export.key_map import model_from_recipe
 from nvlm_train.model.nvlm import NvlmD
 from nvlm_train.model.pretrained import load_into
 from nvlm_train.recipe.schema import Tiling
+from tiny_nvlm import MemoryWeights, make_recipe, random_weights
 
 CONVERSATION: list[dict[str, Any]] = [
     {"role": "user", "content": [{"image": 0}, {"text": "\nWhat is the left digit? <|im_end|> is text"}]},

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_nvlm import MemoryWeights
 
 from nvlm_train.errors import CheckpointError
 from nvlm_train.export import hf, key_map, verify
+from tiny_nvlm import MemoryWeights
 
 
 @pytest.fixture

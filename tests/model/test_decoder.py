@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from model_cases import (
     LANGUAGE_MODEL,
     at_most,
@@ -17,7 +18,6 @@ from model_cases import (
     segments,
     worst,
 )
-
 from nvlm_train.batch import IGNORE_INDEX, Batch
 from nvlm_train.model import decoder
 from nvlm_train.model.decoder import LanguageModel, LmHead

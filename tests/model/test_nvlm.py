@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from model_cases import (
     IMAGE_TOKENS,
     at_most,
@@ -21,8 +23,6 @@ from model_cases import (
     segments,
     worst,
 )
-from torch import Tensor
-
 from nvlm_train.batch import IGNORE_INDEX
 from nvlm_train.model.pretrained import expected_shapes
 from nvlm_train.model.projector import pixel_shuffle

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_cases import LANGUAGE_MODEL, VISION, make_config, make_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from make_tiny_checkpoints import random_state, write_internvit_folder, write_qwen2_folder
+from model_cases import LANGUAGE_MODEL, VISION, make_config, make_model
 from nvlm_train.errors import CheckpointError
 from nvlm_train.model.nvlm import NvlmD
 from nvlm_train.model.pretrained import (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_cases import make_config, randomise
 from torch import nn
 
+from model_cases import make_config, randomise
 from nvlm_train.model.projector import Projector, pixel_shuffle
 
 torch.set_num_threads(1)

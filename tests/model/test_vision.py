@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_cases import VISION, at_most, gradients, largest_difference, make_config, randomise, worst
 from torch import Tensor
 
+from model_cases import VISION, at_most, gradients, largest_difference, make_config, randomise, worst
 from nvlm_train.model.vision import InternVit, encode_tiles, normalise
 from nvlm_train.recipe import schema
 

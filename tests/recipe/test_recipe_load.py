@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
-from recipe_files import BASE, write
 
 from nvlm_train.errors import RecipeError
 from nvlm_train.recipe.load import load_recipe
+from recipe_files import BASE, write
 
 
 def problems(path: str, overrides: tuple[str, ...] = ()) -> list[str]:
@@ -113,7 +113,8 @@ BAD_LINES = [
         16,
         "    digits: 3",
         [
-            "r.yaml:16 data.mixture.digits: 3 is not a section; give one with kind, path, image_root, weight, "
+            "r.yaml:16 data.mixture.digits: 3 is not a section; give one with kind, path, image_root, columns, "
+            "roles, system, train_on, prompt, min_ratings, split, max_samples, max_tiles, max_tiles_shared, weight, "
             "max_epochs, license, source"
         ],
     ),
@@ -431,4 +432,5 @@ def test_every_effective_key_has_an_origin(tmp_path):
 
     loaded = load_recipe(write(tmp_path, BASE + "validation: {early_stop: {patience: 2}}\n"))
     values = flatten(recipe_to_dict(loaded.recipe))
-    assert set(loaded.origins) == {name for name in values if values[name] != {}} | {"validation.sources"}
+    empty = {"validation.sources", "data.mixture.digits.roles", "data.mixture.text.roles"}
+    assert set(loaded.origins) == {name for name in values if values[name] != {}} | empty

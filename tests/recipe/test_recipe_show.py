@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipe_files import BASE, write
 
 from nvlm_train.cli import main
 from nvlm_train.recipe.foreign_names import FOREIGN, answer, markdown_table
 from nvlm_train.recipe.schema import all_keys
+from recipe_files import BASE, write
 
 RECIPES = sorted(Path("recipes").rglob("*.yaml"))
 
@@ -23,6 +23,16 @@ def test_every_recipe_of_the_repository_is_good_and_opens_with_its_facts(path, c
     assert capsys.readouterr().out.startswith(f"ok  {path}  hash ")
     head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert len(head) >= 4 and any("Hardware:" in line for line in head) and any("Command:" in line for line in head)
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if "mixtures" in p.parts], ids=str)
+def test_every_mixture_is_part_of_a_good_recipe(path, tmp_path, capsys):
+    whole = write(tmp_path).removesuffix("\n")
+    text = Path(whole).read_text(encoding="utf-8")
+    overlaid = tmp_path / "over.yaml"
+    overlaid.write_text(f"extends: {Path(path).resolve()}\n{text}", encoding="utf-8")
+    assert main(["recipe", "check", str(overlaid)]) == 0, capsys.readouterr().err
+    assert path.read_text(encoding="utf-8").startswith("# ")
 
 
 def test_check_says_ok_in_one_line(tmp_path, capsys):

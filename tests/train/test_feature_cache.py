@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import metrics, trajectory, validations, write_inputs
 
 from helpers import run_distributed
 from nvlm_train.batch import Batch
@@ -18,6 +17,7 @@ from nvlm_train.data.assembly import HASH_BYTES
 from nvlm_train.model.vision import InternVit, encode_tiles
 from nvlm_train.recipe.schema import Vision, VisionFeatureCache
 from nvlm_train.train.feature_cache import FeatureCache, tower_hash
+from runs import metrics, trajectory, validations, write_inputs
 
 torch.set_num_threads(1)
 VISION = Vision(

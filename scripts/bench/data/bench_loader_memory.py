@@ -36,7 +36,6 @@ def resident_mib(pid: int) -> float:
 def watch(where: str, samples: int, folder: Path) -> list[dict[str, Any]]:
     """Goes through the samples; a line for every tenth of them."""
     import corpus
-
     from nvlm_train.data.loader import StepLoader
     from nvlm_train.data.plan import open_data
 
