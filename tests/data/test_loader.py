@@ -25,7 +25,7 @@ from nvlm_train.data.images import BadSample, open_image
 from nvlm_train.data.loader import StepData, StepLoader, validation_batches
 from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.data.sources import JsonlSource
-from nvlm_train.data.sources import rows as sources_rows
+from nvlm_train.data.sources import rows as rows_module
 from nvlm_train.errors import DataError
 from nvlm_train.recipe.schema import Recipe
 
@@ -545,7 +545,7 @@ def warnings_of_data() -> Iterator[list[str]]:
 def test_a_slow_read_is_named_while_it_lasts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, warnings_of_data: list[str]
 ) -> None:
-    read = sources_rows.read_file
+    read = rows_module.read_file
     slow: list[str] = []
 
     def slowly(path: str, name: str) -> bytes:
@@ -554,7 +554,7 @@ def test_a_slow_read_is_named_while_it_lasts(
             time.sleep(0.8)
         return read(path, name)
 
-    monkeypatch.setattr(sources_rows, "read_file", slowly)
+    monkeypatch.setattr(rows_module, "read_file", slowly)
     plan = open_data(recipe_of(folder, data__slow_read_s=0.2), rank=0, world_size=1)
     assert len(steps_of(plan, 0, 2)) == 2
     during = [text for text in warnings_of_data if "so far" in text]
@@ -573,7 +573,7 @@ def test_a_stuck_read_does_not_keep_the_trainer_from_ending(
         release.wait(30)
         raise BadSample("unreadable image", "released")
 
-    monkeypatch.setattr(sources_rows, "read_file", stuck)
+    monkeypatch.setattr(rows_module, "read_file", stuck)
     monkeypatch.setattr(assembly, "CLOSE_TIMEOUT_S", 0.3)
     steps = StepLoader(open_data(recipe_of(folder), rank=0, world_size=1), start_step=0, end_step=5)
     begin = time.monotonic()
@@ -598,7 +598,7 @@ def test_the_share_of_bad_samples_is_that_of_the_last_ten_thousand(
         watch = loader._BadSamples(plan)
         for k in range(count):
             ref = SampleRef("s", k, 0)
-            bad = [assembly.Bad(ref, k + 1, f"a.jsonl:{k + 1}", "unreadable image", "broken")] if k in bad_at else []
+            bad = [assembly.Bad(ref, k + 1, f"{path}:{k + 1}", "unreadable image", "broken")] if k in bad_at else []
             arrays = {"samples": () if bad else (ref,)}
             watch.account(0, assembly.Built({**assembly_arrays(plan), **arrays}, 1, {}, bad))
         return count

@@ -44,11 +44,11 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     return half.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def shared_max_tiles(images: list[Image.Image], settings: dict[str, Any]) -> int:
+def shared_max_tiles(images: Any, settings: dict[str, Any]) -> int:
     """The tile maximum of each image of a prompt: the largest with which all tiles together, thumbnails counted, keep
     within max_tiles_per_sample; 1 where even that is too much."""
     budget = settings.get("max_tiles_per_sample")
-    limit = settings["max_tiles"]
+    limit = settings["max_tiles"] if images else 1  # a folder of text alone has no tiling
     while budget is not None and limit > 1:
         grids = [choose_grid(i.width, i.height, limit, settings["tile_size"]) for i in images]
         if sum(c * r + (settings["thumbnail"] and c * r > 1) for c, r in grids) <= budget:
@@ -114,7 +114,7 @@ class NVLM_D_Processor:
         encoded, tiles = [], []
         for prompt, own in zip(rows, of_row):  # noqa: B905 (lengths compared above; Python 3.9 knows no strict)
             own = [] if own is None else own if isinstance(own, (list, tuple)) else [own]
-            limit = shared_max_tiles(own, self.settings)
+            limit = shared_max_tiles(own, self.settings) if own else 1
             cut = [cut_tiles(i, limit, self.settings["tile_size"], self.settings["thumbnail"]) for i in own]
             encoded.append(self.encode_prompt(prompt, [len(part) for part in cut], system))
             tiles += cut
