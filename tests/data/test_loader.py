@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -526,8 +527,23 @@ def test_bytes_bound_what_is_prepared(folder: Path) -> None:
         assert most == 1 or per_step[0] > 1000
 
 
+@pytest.fixture
+def warnings_of_data() -> Iterator[list[str]]:
+    """What the data package warns of; independent of handlers that other tests have set up."""
+    messages: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, handler = logging.getLogger("nvlm_train.data"), Kept(logging.WARNING)
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
 def test_a_slow_read_is_named_while_it_lasts(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch, warnings_of_data: list[str]
 ) -> None:
     read = rows_module.read_file
     slow: list[str] = []
@@ -540,18 +556,16 @@ def test_a_slow_read_is_named_while_it_lasts(
 
     monkeypatch.setattr(rows_module, "read_file", slowly)
     plan = open_data(recipe_of(folder, data__slow_read_s=0.2), rank=0, world_size=1)
-    logging.getLogger("nvlm_train").propagate = True
-    with caplog.at_level(logging.WARNING):
-        assert len(steps_of(plan, 0, 2)) == 2
-    during = [text for text in caplog.messages if "so far" in text]
+    assert len(steps_of(plan, 0, 2)) == 2
+    during = [text for text in warnings_of_data if "so far" in text]
     assert 1 <= len(during) <= 3  # told again when its time has doubled, not every second
     assert all(slow[0] in text and "data.slow_read_s is 0.2" in text for text in during)
-    assert any(f"reading {slow[0]} took 1 s" in text for text in caplog.messages)
+    assert any(f"reading {slow[0]} took 1 s" in text for text in warnings_of_data)
     assert not [thread for thread in threading.enumerate() if "slow" in thread.name]
 
 
 def test_a_stuck_read_does_not_keep_the_trainer_from_ending(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch, warnings_of_data: list[str]
 ) -> None:
     release = threading.Event()
 
@@ -561,15 +575,13 @@ def test_a_stuck_read_does_not_keep_the_trainer_from_ending(
 
     monkeypatch.setattr(rows_module, "read_file", stuck)
     monkeypatch.setattr(assembly, "CLOSE_TIMEOUT_S", 0.3)
-    logging.getLogger("nvlm_train").propagate = True
     steps = StepLoader(open_data(recipe_of(folder), rank=0, world_size=1), start_step=0, end_step=5)
     begin = time.monotonic()
     steps._submit()
     time.sleep(0.2)
-    with caplog.at_level(logging.WARNING):
-        steps.close()
+    steps.close()
     assert time.monotonic() - begin < 2
-    assert any("gave up on reading" in text and ".png" in text for text in caplog.messages)
+    assert any("gave up on reading" in text and ".png" in text for text in warnings_of_data)
     release.set()
 
 
