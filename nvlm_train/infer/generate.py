@@ -110,7 +110,12 @@ def answer(
     if not answerer.has_vision and any(images):
         raise DataError("this model is text-only (a plain Qwen2 folder), but images were given; use an NVLM-D export")
     device = answerer.model.device
-    inputs = answerer.processor(prompts, images=images if answerer.has_vision else None)
+    try:
+        inputs = answerer.processor(prompts, images=images if answerer.has_vision else None)
+    except ValueError as error:  # marks and images that do not match, a role it does not know
+        raise DataError(
+            f"the prompt cannot be used: {error}; give one image for each <image> mark, or no mark"
+        ) from None
     inputs = {key: value.to(device) for key, value in inputs.items()}
     stop = [answerer.tokenizer.convert_tokens_to_ids(token) for token in STOP]
     with torch.no_grad():

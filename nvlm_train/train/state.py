@@ -107,6 +107,13 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
                 f"output_dir: '{run}' holds checkpoints but no recipe.json, so it cannot be told whose they are; "
                 "name another folder"
             )
+        ours = ("data_index", "stop", "save", "bad_samples", "slurm", "attempts", "logs")
+        foreign = [] if not run.exists() else sorted(p.name for p in run.iterdir() if not p.name.startswith(ours))
+        if foreign:
+            log.warning(
+                "output_dir '%s' is no run of ours and not empty (%s, ...); the run's files are written beside what is "
+                "there", run, ", ".join(foreign[:3]),
+            )  # fmt: skip
         return Start(run, 0, [])
     if resume == "never":
         raise RecipeError(f"output_dir: '{run}' already holds a run and --resume is never; name another folder")

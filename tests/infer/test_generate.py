@@ -109,3 +109,8 @@ def test_a_plain_folder_answers_a_batch_as_it_answers_one(
     batch = answer(answerer, prompts, [[], [], []], 6)
     assert batch == [answer(answerer, [prompt], [[]], 6)[0] for prompt in prompts]
     assert len(set(batch)) > 1
+
+
+def test_a_mark_without_an_image_is_told_without_a_traceback(folders: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match=r"the prompt cannot be used: .* marks 1 images, but 0 are given"):
+        generate_command(arguments(folders["nvlm"], prompt="what is <image>"))
