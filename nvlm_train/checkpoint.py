@@ -524,7 +524,8 @@ class CheckpointWeights:
     def read_slice(self, name: str, begin: int, end: int) -> Tensor:
         """Elements begin to end of the flattened tensor; of a trained one only they are read."""
         if name in self.trained:
-            return self.checkpoint.read_many({(name, "master"): (begin, end)})[name, "master"]
+            end = min(end, self.checkpoint.shapes[name].numel())
+            return self.checkpoint.read_many({(name, "master"): (min(begin, end), end)})[name, "master"]
         earlier, entry = self._frozen_place(name)
         return earlier.read_slice(entry["key"], begin, end) if earlier else self.read(name).flatten()[begin:end]
 

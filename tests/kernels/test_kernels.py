@@ -27,14 +27,16 @@ LENGTHS = {
 }
 
 
-def inputs(rows: list[list[int]], query_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+def inputs(
+    rows: list[list[int]], query_heads: int, kv_heads: int, head_size: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     generator = torch.Generator().manual_seed(7)
     flat = [length for row in rows for length in row]
     bounds = torch.tensor([0, *torch.tensor(flat).cumsum(0).tolist()], dtype=torch.int32)
     shape = (len(rows), sum(rows[0]))
-    q = torch.randn(*shape, query_heads, 10, generator=generator, requires_grad=True)
-    k = torch.randn(*shape, kv_heads, 10, generator=generator, requires_grad=True)
-    v = torch.randn(*shape, kv_heads, 10, generator=generator, requires_grad=True)
+    q = torch.randn(*shape, query_heads, head_size, generator=generator, requires_grad=True)
+    k = torch.randn(*shape, kv_heads, head_size, generator=generator, requires_grad=True)
+    v = torch.randn(*shape, kv_heads, head_size, generator=generator, requires_grad=True)
     return q, k, v, bounds, max(flat)
 
 
@@ -166,12 +168,15 @@ def test_varlen_is_called_after_its_signature(signature: str, causal: bool, monk
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
     attention._varlen_options.cache_clear()
     try:
-        q, k, v, cu_seqlens, longest = inputs([[7, 5, 6], [8, 10]], 4, 2)
+        q, k, v, cu_seqlens, longest = inputs([[7, 5, 6], [8, 10]], 4, 2, head_size=8)
         q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
         out = attention.varlen_attention(q, k, v, cu_seqlens, longest, causal)
         expected = attention.torch_attention(q, k, v, cu_seqlens, longest, causal)
         assert torch.equal(out, expected)
-        assert ("enable_gqa" in seen) == (signature == "gqa")
+        assert seen and ("enable_gqa" in seen) == (signature == "gqa")
+        seen.clear()  # a head size that flash attention does not take goes to torch
+        odd = [x.bfloat16() for x in inputs([[7, 5, 6], [8, 10]], 4, 2)[:3]]
+        assert attention.varlen_attention(*odd, cu_seqlens, longest, causal).shape == odd[0].shape and not seen
     finally:
         attention._varlen_options.cache_clear()
 

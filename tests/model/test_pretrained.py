@@ -51,6 +51,9 @@ class Some:
     def read(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def read_slice(self, name: str, begin: int, end: int) -> Tensor:
+        return self.tensors[name].flatten()[begin:end]
+
     def where(self, name: str) -> str:
         return f"memory:{name}"
 
