@@ -27,7 +27,6 @@ import tempfile
 import threading
 import time
 import traceback
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -330,34 +329,37 @@ def _error(kind: str, content: Any) -> BaseException:
 # --------------------------------------------------------------------------------------------------- the process's side
 
 
-class _SharedMemory:
-    """Gives out memory that can be sent to another process, and finds its descriptor again."""
+class _Piece(mmap.mmap):
+    """Anonymous memory that knows its descriptor. The descriptor goes with the object, not with the address: another
+    thread may get the same address before Python has told that this one is gone."""
 
-    def __init__(self) -> None:
-        self._descriptors: dict[int, int] = {}  # address -> descriptor, as long as an array lies there
-        self._lock = threading.Lock()
+    descriptor = -1
 
-    def allocate(self, num_bytes: int) -> NDArray[np.uint8]:
-        """u8[num_bytes] in a piece of memory of its own, not touched yet."""
-        if num_bytes == 0:
-            return np.empty(0, dtype=np.uint8)
-        descriptor = _anonymous_file(num_bytes)
-        mapped = mmap.mmap(descriptor, num_bytes)
-        memory = np.frombuffer(mapped, dtype=np.uint8)
-        address = memory.__array_interface__["data"][0]
-        with self._lock:
-            self._descriptors[address] = descriptor
-        weakref.finalize(mapped, self._forget, address)
-        return memory
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
-    def take(self, tiles: NDArray[np.uint8]) -> int:
-        """A descriptor of the memory that begins with `tiles`; the caller closes it."""
-        with self._lock:
-            return os.dup(self._descriptors[tiles.__array_interface__["data"][0]])
 
-    def _forget(self, address: int) -> None:
-        with self._lock:
-            os.close(self._descriptors.pop(address))
+def _shared(num_bytes: int) -> NDArray[np.uint8]:
+    """u8[num_bytes] in a piece of memory of its own that can be sent to another process; not touched yet."""
+    if num_bytes == 0:
+        return np.empty(0, dtype=np.uint8)
+    descriptor = _anonymous_file(num_bytes)
+    try:
+        piece = _Piece(descriptor, num_bytes)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    piece.descriptor = descriptor
+    return np.frombuffer(piece, dtype=np.uint8)
+
+
+def _descriptor_of(tiles: NDArray[np.uint8]) -> int:
+    """A descriptor of the memory that `tiles` of `_shared` lie at the beginning of; the caller closes it."""
+    base: Any = tiles
+    while not isinstance(base, _Piece):
+        base = base.obj if isinstance(base, memoryview) else base.base
+    return os.dup(base.descriptor)
 
 
 def main(socket_descriptor: int, plan_descriptor: int) -> None:
@@ -368,7 +370,6 @@ def main(socket_descriptor: int, plan_descriptor: int) -> None:
     set_up_logging()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     connection = socket.socket(fileno=socket_descriptor)
-    memory = _SharedMemory()
     sending = threading.Lock()
 
     def answer(number: int, future: Future[Built]) -> None:
@@ -380,7 +381,7 @@ def main(socket_descriptor: int, plan_descriptor: int) -> None:
                 built = future.result()
                 message = (number, "built", _without_pixels(built))
                 if len(built.arrays["tiles"]):
-                    descriptor = memory.take(built.arrays["tiles"])
+                    descriptor = _descriptor_of(built.arrays["tiles"])
             elif isinstance(error, DataError):
                 message = (number, "data error", str(error))
             else:
@@ -399,7 +400,7 @@ def main(socket_descriptor: int, plan_descriptor: int) -> None:
 
     try:
         plan = _unpacked_plan(plan_descriptor)
-        builder = Builder(plan, plan.recipe.data.num_threads, augment=True, allocate=memory.allocate)
+        builder = Builder(plan, plan.recipe.data.num_threads, augment=True, allocate=_shared)
         while True:
             number, packs, num_tile_chunks = pickle.loads(_receive(connection)[0])
             try:

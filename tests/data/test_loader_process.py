@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -307,3 +308,26 @@ def test_the_plan_travels_without_its_index(tmp_path: Path) -> None:
     ref = plan.draws(0)[0]
     assert there.load(ref).rendered.input_ids.tolist() == plan.load(ref).rendered.input_ids.tolist()
     assert pickle.loads(pickle.dumps(plan.tokenizer)).lengths([text]) == plan.tokenizer.lengths([text])
+
+
+def test_memory_that_comes_and_goes_in_many_threads_keeps_its_descriptor() -> None:
+    """Addresses are given out again at once: what is sent must be the memory that the tiles lie in."""
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for turn in range(400):
+            place = loader_process._shared(8 * 4096).reshape(8, 4096)
+            place[0, :2] = number, turn % 256
+            descriptor = loader_process._descriptor_of(place[:5])
+            if tuple(os.pread(descriptor, 2, 0)) != (number, turn % 256):
+                wrong.append(turn)
+            os.close(descriptor)
+
+    before = open_descriptors()
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert open_descriptors() == before

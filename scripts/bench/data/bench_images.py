@@ -186,7 +186,18 @@ def run_reference(folder: Path, names: list[str]) -> tuple[float, float, int]:
     def go() -> int:
         return sum(len(tiles) for tiles in data)
 
-    return measured(go, go)
+    try:
+        return measured(go, go)
+    finally:
+        _end(data)
+
+
+def _end(data: Any) -> None:
+    """Waits for the worker processes, so that the next measurement does not count them."""
+    workers = list(data._iterator._workers)
+    data._iterator._shutdown_workers()
+    for worker in workers:
+        worker.join()
 
 
 def run_ours(plan: DataPlan) -> tuple[float, float, int]:
@@ -234,18 +245,20 @@ def hand_over_by_dataloader(dtype: torch.dtype | None, count: int) -> float:
     def go() -> int:
         return sum(int(tiles.flatten()[::4096].sum()) > 0 for tiles in data)
 
-    return 1000 * measured(go, go)[0] / count
+    try:
+        return 1000 * measured(go, go)[0] / count
+    finally:
+        _end(data)
 
 
 def _give(descriptor: int, count: int) -> None:
     connection = socket.socket(fileno=descriptor)
-    memory = process._SharedMemory()
     tiles = np.ones((7, 3, PX, PX), dtype=np.uint8)
     connection.recv(1)
     for _ in range(count):
-        place = memory.allocate(tiles.nbytes).reshape(tiles.shape)
+        place = process._shared(tiles.nbytes).reshape(tiles.shape)
         place[...] = tiles  # as the decode threads write them
-        given = memory.take(place)
+        given = process._descriptor_of(place)
         process._send(connection, b"x" * 2000, given)
         os.close(given)
         del place
