@@ -13,7 +13,6 @@ share is 1). Each rank judges by what it has seen since its start.
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -43,7 +42,7 @@ class StepData:
     """One step's work of this rank; all counts are this rank's.
 
     tokens: planned for the model, padding left out. trained_tokens: labels that carry loss. tokens_by_source: trained
-    tokens. bad: samples left out, by (source, reason). wait_s: how long the trainer waited for it.
+    tokens. bad: samples left out, by (source, reason).
     """
 
     step: int
@@ -55,7 +54,6 @@ class StepData:
     samples_by_source: dict[str, int]
     tokens_by_source: dict[str, int]
     bad: dict[tuple[str, str], int]
-    wait_s: float
 
 
 class StepLoader:
@@ -88,7 +86,6 @@ class StepLoader:
         self.close()
 
     def __next__(self) -> StepData:
-        begin = time.perf_counter()
         try:
             self._submit()
             if not self._steps:
@@ -97,13 +94,12 @@ class StepLoader:
             built = [future.result() for future in self._steps[0].futures]
             step = self._steps.popleft().step
             self._submit()
-            wait_s = time.perf_counter() - begin
             for one in built:
                 self._watch.account(step, one)
         except BaseException:
             self.close()
             raise
-        return _summary(step, built, wait_s)
+        return _summary(step, built)
 
     def close(self) -> None:
         """Stops what prepares; what was prepared is dropped. May be called twice."""
@@ -157,7 +153,7 @@ def _bytes_of(plan: DataPlan, item: Pack) -> int:
     return item.tiles * 3 * px * px + item.tokens * 32
 
 
-def _summary(step: int, built: Sequence[Built], wait_s: float) -> StepData:
+def _summary(step: int, built: Sequence[Built]) -> StepData:
     samples: Counter[str] = Counter(ref.source for one in built for ref in one.batch.samples)
     trained: Counter[str] = Counter()
     for one in built:
@@ -172,7 +168,6 @@ def _summary(step: int, built: Sequence[Built], wait_s: float) -> StepData:
         samples_by_source=dict(samples),
         tokens_by_source=dict(trained),
         bad=dict(Counter((item.ref.source, item.reason) for one in built for item in one.bad)),
-        wait_s=wait_s,
     )
 
 
