@@ -46,6 +46,7 @@ from nvlm_train.errors import CheckpointError
 
 FORMAT = 1
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
+Part = tuple[int, list[tuple[int, int]]]  # of a stored tensor: what the ranges [begin, end) of one dimension hold
 COMMITTED = "COMMITTED"
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,18 @@ def committed_steps(run: Path) -> list[int]:
         for folder in run.iterdir()
         if folder.name.removeprefix("step_").isdigit() and (folder / COMMITTED).is_file()
     )
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run directory with a complete checkpoint, or one of its checkpoints."""
+    return bool(committed_steps(path)) or (path.name.startswith("step_") and (path / COMMITTED).is_file())
+
+
+def recorded_revisions(run: Path) -> dict[str, str]:
+    """The Hub's revisions that a run was started with, as `hub.pin` returned them; nothing where there is no run."""
+    path = run / "recipe.json"
+    found: dict[str, str] = read_json(path).get("revisions", {}) if path.exists() else {}
+    return found
 
 
 def find_step(path: str | Path) -> Path:
@@ -405,6 +418,7 @@ class Checkpoint:
 def write_base(
     run: Path,
     frozen: Mapping[str, str],
+    parts: Mapping[str, Part] | None = None,
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -413,8 +427,9 @@ def write_base(
     """Writes RUN/base.json: where each frozen weight comes from. On a later start: checks that it is still the same.
 
     frozen: {our name: "FILE:KEY"} for a tensor of a safetensors file, {our name: "RUN/step_N:NAME"} for a weight that
-    an earlier run of ours trained. Every rank calls it and hashes its share of the files. Files may have moved; raises
-    CheckpointError, on every rank, where their content differs.
+    an earlier run of ours trained. parts: of those that are only a part of what stands there, which one.
+    Every rank calls it and hashes its share of the files. Files may have moved; raises CheckpointError, on every rank,
+    where their content differs.
     """
     path = run / "base.json"
     split = {name: where.rsplit(":", 1) for name, where in frozen.items()}
@@ -428,7 +443,11 @@ def write_base(
             own = files[rank::world_size]
             mine = dict(zip(own, pool.map(lambda file: _identity(file, known.get(file)), own), strict=True))
     entries = {file: entry for part in gather(mine) for file, entry in part.items()}
-    tensors = {name: {"file": place, "key": key} for name, (place, key) in sorted(places.items())}
+    tensors: dict[str, dict[str, Any]] = {
+        name: {"file": place, "key": key} for name, (place, key) in sorted(places.items())
+    }
+    for name, (dimension, ranges) in (parts or {}).items():
+        tensors[name]["part"] = {"dimension": dimension, "ranges": ranges}
     if before is not None:
         _require_same_base(run, before, entries, tensors)
     with _together(gather, rank, f"writing {path}"):
@@ -471,9 +490,10 @@ class CheckpointWeights:
     """Every weight of the model a checkpoint stands for: trained ones from it, frozen ones from where base.json says.
 
     The same protocol as `model.pretrained.Weights`: names, shape, dtype, read, where.
+    without: prefixes of frozen weights that are left out, because others bring them; their files may have gone.
     """
 
-    def __init__(self, path: str | Path, *, checksums: bool = False) -> None:
+    def __init__(self, path: str | Path, *, checksums: bool = False, without: tuple[str, ...] = ()) -> None:
         self.checkpoint = Checkpoint(path)
         if checksums:
             self.checkpoint.verify_checksums()
@@ -483,12 +503,17 @@ class CheckpointWeights:
         self.earlier_run: dict[str, Any] | None = content.get("earlier_run")
         base = read_json(self.checkpoint.run / "base.json")
         self.trained = set(self.checkpoint.shapes)
-        self._frozen: dict[str, dict[str, str]] = base["tensors"]
+        self._frozen: dict[str, dict[str, Any]] = {
+            name: entry for name, entry in base["tensors"].items() if not name.startswith(without)
+        }
         self._runs = {place for place, entry in base["files"].items() if entry["kind"] == "run"}
         self._earlier: dict[str, CheckpointWeights] = {}
         self._open: dict[str, Any] = {}
         wrong = []
+        needed = {entry["file"] for entry in self._frozen.values()}
         for file, entry in base["files"].items():
+            if file not in needed:
+                continue
             path_ = _identity_file(file)
             if not path_.is_file():
                 wrong.append(f"{file} is missing")
@@ -506,7 +531,12 @@ class CheckpointWeights:
         if name in self.trained:
             return self.checkpoint.shapes[name]
         earlier, entry = self._frozen_place(name)
-        return earlier.shape(entry["key"]) if earlier else torch.Size(self._slice(entry).get_shape())
+        if earlier:
+            return earlier.shape(entry["key"])
+        shape = self._slice(entry).get_shape()
+        if "part" in entry:
+            shape[entry["part"]["dimension"]] = sum(end - begin for begin, end in entry["part"]["ranges"])
+        return torch.Size(shape)
 
     def dtype(self, name: str) -> torch.dtype:
         if name in self.trained:
@@ -519,7 +549,13 @@ class CheckpointWeights:
         if name in self.trained:
             return self.checkpoint.read_master(name)
         earlier, entry = self._frozen_place(name)
-        return earlier.read(entry["key"]) if earlier else self._file(entry["file"]).get_tensor(entry["key"])
+        if earlier:
+            return earlier.read(entry["key"])
+        tensor: Tensor = self._file(entry["file"]).get_tensor(entry["key"])
+        if "part" not in entry:
+            return tensor
+        dimension, ranges = entry["part"]["dimension"], entry["part"]["ranges"]
+        return torch.cat([tensor.narrow(dimension, begin, end - begin) for begin, end in ranges], dimension)
 
     def read_slice(self, name: str, begin: int, end: int) -> Tensor:
         """Elements begin to end of the flattened tensor; of a trained one only they are read."""
@@ -536,7 +572,12 @@ class CheckpointWeights:
         entry = self._frozen[name]
         return f"{entry['file']}:{entry['key']}"
 
-    def _frozen_place(self, name: str) -> tuple[CheckpointWeights | None, dict[str, str]]:
+    def part(self, name: str) -> Part | None:
+        """Which part of what stands at `where` a weight is; None: all of it."""
+        part = self._frozen.get(name, {}).get("part") if name not in self.trained else None
+        return None if part is None else (part["dimension"], [(begin, end) for begin, end in part["ranges"]])
+
+    def _frozen_place(self, name: str) -> tuple[CheckpointWeights | None, dict[str, Any]]:
         try:
             entry = self._frozen[name]
         except KeyError:
@@ -552,10 +593,13 @@ class CheckpointWeights:
             self._open[file] = safe_open(file, framework="pt")
         return self._open[file]
 
-    def _slice(self, entry: dict[str, str]) -> Any:
+    def _slice(self, entry: dict[str, Any]) -> Any:
         return self._file(entry["file"]).get_slice(entry["key"])
 
 
-def open_checkpoint(path: str | Path, *, checksums: bool = False) -> CheckpointWeights:
-    """All weights of the model behind RUN or RUN/step_N, with `.recipe`, `.step`, `.state` and `.trained`."""
-    return CheckpointWeights(path, checksums=checksums)
+def open_checkpoint(path: str | Path, *, checksums: bool = False, without: tuple[str, ...] = ()) -> CheckpointWeights:
+    """All weights of the model behind RUN or RUN/step_N, with `.recipe`, `.step`, `.state` and `.trained`.
+
+    without: see `CheckpointWeights`.
+    """
+    return CheckpointWeights(path, checksums=checksums, without=without)

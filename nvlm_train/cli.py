@@ -43,6 +43,12 @@ def _recipe(name: str) -> Callable[[argparse.Namespace], int]:
     return run
 
 
+def _fetch(args: argparse.Namespace) -> int:
+    from nvlm_train.train.weights import fetch_command
+
+    return fetch_command(args)
+
+
 def _data(name: str) -> Callable[[argparse.Namespace], int]:
     def run(args: argparse.Namespace) -> int:
         from importlib import import_module
@@ -209,6 +215,11 @@ def _data_preview_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page instead of text")
 
 
+def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    _json_flag(parser)
+
+
 def _diff_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="a recipe, or a run directory")
     parser.add_argument("b", metavar="B", help="another")
@@ -330,6 +341,12 @@ VERBS: dict[str, Verb] = {
     ),
     "recipe schema": Verb(
         "the JSON schema, for editors", lambda parser: None, "recipe schema > recipe.schema.json", _recipe("schema")
+    ),
+    "fetch": Verb(
+        "download the weights that hf:// names, and compare them with the model",
+        _fetch_arguments,
+        "fetch recipes/finetune_nvlm_d_72b.yaml",
+        _fetch,
     ),
     "data index": Verb(
         "read all data once and keep the lengths, as the start of training would",

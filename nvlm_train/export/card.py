@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nvlm_train.errors import CheckpointError
+from nvlm_train.recipe.schema import HUB_PATH
 
 _RESEARCH_ONLY = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?commercial|research", re.IGNORECASE)
 _HUB_NAME = re.compile(
@@ -38,9 +39,9 @@ def parts_of(recipe: dict[str, Any], earlier_run: dict[str, Any] | None = None) 
     parts: list[Part] = []
     while True:
         init_from = recipe.get("init_from") or {}
-        for name in ("vision", "language_model"):
+        for name in ("model", "vision", "language_model"):
             if init_from.get(name):
-                parts.append(Part("weights", name, init_from[name].get("license"), init_from[name].get("source")))
+                parts.append(Part("weights", name, init_from[name].get("license"), _source(init_from[name])))
         for name, source in ((recipe.get("data") or {}).get("mixture") or {}).items():
             parts.append(Part("data", name, source.get("license"), source.get("source")))
         run = init_from.get("run")
@@ -53,6 +54,13 @@ def parts_of(recipe: dict[str, Any], earlier_run: dict[str, Any] | None = None) 
                 "are not known; start the run once more with this version of nvlm_train, it records them"
             )
         recipe, earlier_run = earlier_run["recipe"], earlier_run.get("earlier_run")
+
+
+def _source(weights: dict[str, Any]) -> str | None:
+    """Where weights come from: as stated, else the repository of an hf:// path."""
+    found = HUB_PATH.fullmatch(str(weights.get("path")))
+    stated: str | None = weights.get("source")
+    return stated or (found["repo"] if found else None)
 
 
 def is_research_only(license: str | None) -> bool:

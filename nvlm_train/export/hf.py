@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nvlm_train.errors import CheckpointError, SetupError
-from nvlm_train.export import card, key_map
+from nvlm_train.export import card
+from nvlm_train.hub import local_folder
 from nvlm_train.log import get_logger
+from nvlm_train.model import key_map
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +75,7 @@ def export(
         raise CheckpointError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder; name a new one, nothing is overwritten")
-    tokenizer_folder = Path(tokenizer_path or recipe["tokenizer"]["path"])
+    tokenizer_folder = local_folder(tokenizer_path or recipe["tokenizer"]["path"])
     tokens = special_token_ids(tokenizer_folder, model.language_model.vocab_size)
     readme = card.model_card(recipe, step=step, recipe_hash=recipe_hash, dtype=dtype, earlier_run=earlier_run)
     shards = plan_shards(model, dtype, parse_size(max_shard_size))

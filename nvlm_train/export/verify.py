@@ -43,7 +43,7 @@ def verify(out: str | Path, weights: Weights, recipe: dict[str, Any], *, logits:
     [str], "logits": {case: {"max_difference", "largest", "tolerance"}}}. A check that could not be made has ok None.
     CheckpointError when there is no folder to verify.
     """
-    from nvlm_train.export.key_map import model_from_recipe
+    from nvlm_train.model.key_map import model_from_recipe
 
     out = Path(out)
     if not out.is_dir():

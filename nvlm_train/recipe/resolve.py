@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ from nvlm_train.engine.memory import predict_memory
 from nvlm_train.errors import RecipeError
 from nvlm_train.model.flops import MODULES, Flops, count_flops, count_parameters
 from nvlm_train.recipe.load import find_key, flatten
-from nvlm_train.recipe.schema import REQUIRED, RUN_LENGTHS, Recipe, Section, all_keys
+from nvlm_train.recipe.schema import HUB_PREFIX, REQUIRED, RUN_LENGTHS, Recipe, Section, all_keys
 from nvlm_train.recipe.yaml import describe
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 NULL_SHARE_WARNING = 0.05  # of the slots of a step that may hold null packs without a warning
 
 
@@ -166,6 +168,13 @@ def _warnings(recipe: Recipe, batch: BatchArithmetic, num_steps: int | None) -> 
             f"when all samples are of full length ({batch.max_packs} packs in {batch.max_micro_steps} micro-steps of "
             f"{batch.slots_per_micro_step}); {' or '.join(legal)} samples would fill them"
         )
+    for name, path in hub_paths(recipe).items():
+        revision = path.partition("@")[2]
+        if not COMMIT.fullmatch(revision):
+            warnings.append(
+                f"{name}: {path} names no commit; `nvlm-train fetch` finds the commit of {revision!r}, and the run's "
+                "hash has that one in place of this name"
+            )
     warmup = warmup_steps(recipe, num_steps)
     if num_steps is not None and warmup is not None and warmup > num_steps:
         warnings.append(f"schedule.warmup_steps {warmup}: the run ends in the warm-up, at step {num_steps}")
@@ -224,9 +233,19 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="python")
 
 
+def hub_paths(recipe: Recipe) -> dict[str, str]:
+    """The keys that name a folder of the Hub: {"init_from.vision.path": "hf://organisation/name@revision"}."""
+    values = flatten({"init_from": recipe.init_from.model_dump(), "tokenizer": recipe.tokenizer.model_dump()})
+    return {
+        name: value for name, value in values.items() if name.endswith(".path") and str(value).startswith(HUB_PREFIX)
+    }
+
+
 def recipe_hash(recipe: Recipe) -> str:
-    """16 hex digits over every key that is not `free`; sections left out count as their defaults."""
+    """16 hex digits over every key that is not `free`, and every revision of the Hub; sections left out count as their
+    defaults."""
     kept = {name: value for name, value in _effective(recipe_to_dict(recipe)).items() if resume_of(name) != "free"}
+    kept |= hub_paths(recipe)
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -11,6 +11,7 @@ Imports neither torch nor deepspeed, so that checking a recipe takes under a sec
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
@@ -212,14 +213,39 @@ class Model(Section):
     )
 
 
+HUB_PREFIX = "hf://"
+HUB_PATH = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+
+
+def _check_hub_path(path: str) -> None:
+    """Misfit for an `hf://` path that is not a repository with a revision."""
+    if path.startswith(HUB_PREFIX) and not HUB_PATH.fullmatch(path):
+        missing = "has no revision" if "@" not in path else "is not a repository of the Hub"
+        raise Misfit([("path", f"{missing}; write hf://organisation/name@revision (a commit, a tag, or @main)")])
+
+
 class Weights(Section):
     """A folder of weights and where it comes from."""
 
     shorthand = "path"
 
-    path: str = key(doc="Folder in the published format of this part, or a run directory.", resume="free", path=True)
+    path: str = key(
+        doc="Folder in the published format of this part, or a run directory; or hf://organisation/name@revision, "
+        "which `nvlm-train fetch` downloads.",
+        resume="free",
+        path=True,
+    )
     license: str | None = key(None, doc="SPDX identifier or licence name; travels with every export.", resume="free")
-    source: str | None = key(None, doc="Where the weights come from, for example a model's page.", resume="free")
+    source: str | None = key(
+        None,
+        doc="Where the weights come from, for example a model's page; default: the repository of an hf:// path.",
+        resume="free",
+    )
+
+    @model_validator(mode="after")
+    def _path_is_good(self) -> Weights:
+        _check_hub_path(self.path)
+        return self
 
 
 def _path_alone(value: Any) -> Any:
@@ -232,6 +258,11 @@ WeightsOrPath = Annotated[Weights, BeforeValidator(_path_alone)]
 class InitFrom(Section):
     """Where a new run's weights come from. What nothing covers is initialised from the seed and listed."""
 
+    model: WeightsOrPath | None = key(
+        None,
+        doc="Folder of a whole model: the published NVLM-D-72B, or an export of ours, of the recipe's architecture.",
+        resume="free",
+    )
     vision: WeightsOrPath | None = key(None, doc="InternViT folder (config.json and safetensors).", resume="free")
     language_model: WeightsOrPath | None = key(None, doc="Qwen2 folder (config.json and safetensors).", resume="free")
     run: WeightsOrPath | None = key(
@@ -239,6 +270,22 @@ class InitFrom(Section):
         doc="Run directory or RUN/step_N of ours: its trained modules replace those of the folders above.",
         resume="free",
     )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> InitFrom:
+        beside = [name for name in ("vision", "language_model") if getattr(self, name) is not None]
+        if self.model is not None and beside:
+            raise Misfit(
+                [
+                    (
+                        name,
+                        "stands beside init_from.model, which brings this part already; remove one of the two "
+                        f"(`{name}: null` takes back what a parent recipe says)",
+                    )
+                    for name in beside
+                ]
+            )
+        return self
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -248,7 +295,8 @@ class Tokenizer(Section):
     """Tokenizer and chat format."""
 
     path: str = key(
-        doc="Folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json.",
+        doc="Folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json; or "
+        "hf://organisation/name@revision.",
         path=True,
         resume="free",
     )
@@ -263,6 +311,11 @@ class Tokenizer(Section):
         doc="System text put before a sample that brings none. The released SFT has: Answer the questions.",
         resume="ask",
     )
+
+    @model_validator(mode="after")
+    def _path_is_good(self) -> Tokenizer:
+        _check_hub_path(self.path)
+        return self
 
 
 class Tiling(Section):

@@ -13,7 +13,6 @@ import nvlm_train
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.engine.launch import Launch
 from nvlm_train.kernels import select
-from nvlm_train.model.pretrained import Account
 from nvlm_train.recipe.resolve import Resolved
 from nvlm_train.recipe.schema import Recipe
 from nvlm_train.train.state import Start
@@ -98,14 +97,14 @@ def first_screen(
     resolved: Resolved,
     launch: Launch,
     start: Start,
-    account: Account,
+    weights: list[str],
     device: str,
     attempt: Mapping[str, Any],
     plan: DataPlan,
     command_line: str,
     idle_gpus: int,
 ) -> str:
-    """The text, one fact a line."""
+    """The text, one fact a line. weights: the lines of `weights.account_table`."""
     counts, trainable = resolved.parameters["total"], resolved.parameters["trainable"]
     batch, memory = resolved.batch, dict(resolved.memory)
     total = memory.pop("total")
@@ -117,8 +116,7 @@ def first_screen(
             "  ".join(f"{name} {version}" for name, version in attempt["versions"].items()),
         ],
         "world": f"{launch.verdict}, {device}",
-        "weights": f"{len(account.loaded)} tensors loaded, {len(account.initialised)} initialised from seed "
-        f"{recipe.seed}, {len(account.ignored)} ignored",
+        "weights": weights,
         "parameters": [
             f"{sum(counts.values()):,} in all, {sum(trainable.values()):,} trained",
             *(

@@ -20,6 +20,7 @@ from nvlm_train.engine import engine as zero
 from nvlm_train.engine.launch import resolve_launch
 from nvlm_train.engine.optim import set_learning_rates
 from nvlm_train.errors import DataError, NvlmError
+from nvlm_train.hub import pin
 from nvlm_train.log import set_up_logging
 from nvlm_train.recipe.load import LoadedRecipe
 from nvlm_train.recipe.resolve import Resolved, lr_factor, recipe_to_dict, resolve
@@ -30,6 +31,7 @@ from nvlm_train.train.metrics import Clock, Console, MetricsFile, Sink, open_sin
 from nvlm_train.train.stop import StopRequest
 from nvlm_train.train.validation import ValidationResult, validate
 from nvlm_train.train.watch import HangWatch
+from nvlm_train.train.weights import account_for_weights, account_table, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +42,15 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     Returns the exit code. Raises NvlmError for what the user can put right.
     """
     set_up_logging()
-    recipe = loaded.recipe
     launch = resolve_launch()
+    recipe, revisions = pin(loaded, checkpoint.recorded_revisions(Path(loaded.recipe.output_dir)))
     resolved = resolve(recipe, launch.world_size)
     start = state.find_start(recipe, resume, accept)
     if _is_complete(start, resolved.num_steps):
         return 0
 
-    weights = state.open_weights(recipe)
-    account = state.account_for_weights(recipe, weights)
+    weights = open_weights(recipe)
+    account = account_for_weights(recipe, weights)
     attempt = announce.provenance(launch)
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size)
     if _is_complete(start, plan.num_steps):
@@ -59,8 +61,8 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     world = dist.start(launch, recipe.distributed.timeout_s)
     try:
         dist.barrier(world)  # every rank has looked at the run directory; only now may it change
-        frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
-        state.write_base(start.run, frozen, world)
+        frozen = [name for name in account.loaded if not _is_trained(recipe, name)]
+        state.write_base(start.run, frozen, weights, world)
         if not start.step:
             state.verify_earlier_run(recipe, world)
         built = state.build(recipe, resolved, world, weights, skip_trained=start.step > 0)
@@ -69,7 +71,7 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
             if launch.rank == 0:
                 checkpoint.clear_leftovers(start.run)
                 state.set_aside(start)
-                state.write_run_files(start, recipe, resolved, attempt)
+                state.write_run_files(start, recipe, resolved, attempt, revisions)
         if _stopped_early(recipe, progress):
             log.info("%s stopped early: validation had not improved at step %d", start.run, progress.step)
             return 0
@@ -80,7 +82,7 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
                 resolved,
                 launch,
                 start,
-                account,
+                account_table(account, weights),
                 str(world.device),
                 attempt,
                 plan,

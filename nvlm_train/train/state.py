@@ -20,17 +20,9 @@ from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
 from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
+from nvlm_train.hub import local_folder
 from nvlm_train.model.nvlm import NvlmD
-from nvlm_train.model.pretrained import (
-    Account,
-    Weights,
-    account,
-    expected_shapes,
-    fill,
-    merge,
-    open_language_model_folder,
-    open_vision_folder,
-)
+from nvlm_train.model.pretrained import Weights, fill, part_of
 from nvlm_train.model.vision import InternVit
 from nvlm_train.recipe.resolve import Resolved, check_resume, recipe_to_dict
 from nvlm_train.recipe.schema import Recipe
@@ -147,8 +139,10 @@ def set_aside(start: Start) -> None:
     log.info("set aside %s in %s", ", ".join(f"step_{step}" for step in start.later), folder)
 
 
-def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance: dict[str, Any]) -> None:
-    """Writes RUN/recipe.json; earlier attempts stay listed in it."""
+def write_run_files(
+    start: Start, recipe: Recipe, resolved: Resolved, provenance: dict[str, Any], revisions: dict[str, str]
+) -> None:
+    """Writes RUN/recipe.json; earlier attempts stay listed in it. revisions: see `hub.pin`."""
     start.run.mkdir(parents=True, exist_ok=True)
     path = start.run / "recipe.json"
     attempts = checkpoint.read_json(path)["attempts"] if path.exists() else []
@@ -158,6 +152,7 @@ def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance
         "format": checkpoint.FORMAT,
         "recipe_hash": resolved.recipe_hash,
         "recipe": recipe_to_dict(recipe),
+        "revisions": {**checkpoint.recorded_revisions(start.run), **revisions},
         "earlier_run": _earlier_run(recipe),
         "attempts": attempts,
     }
@@ -168,7 +163,7 @@ def _earlier_run(recipe: Recipe) -> dict[str, Any] | None:
     """The run this one starts from, with its recipe and the runs before it: licences travel even if folders move."""
     if recipe.init_from.run is None:
         return None
-    step = checkpoint.find_step(recipe.init_from.run.path)
+    step = checkpoint.find_step(local_folder(recipe.init_from.run.path))
     content = checkpoint.read_json(step.parent / "recipe.json")
     return {
         "path": os.path.abspath(step),
@@ -178,12 +173,18 @@ def _earlier_run(recipe: Recipe) -> dict[str, Any] | None:
     }
 
 
-def write_base(run: Path, frozen: dict[str, str], world: dist.World) -> None:
+def write_base(run: Path, frozen: Sequence[str], weights: Weights, world: dist.World) -> None:
     """Writes or checks RUN/base.json; every rank hashes its share of the files. See `checkpoint.write_base`."""
+    parts = {name: part for name in frozen if (part := part_of(weights, name)) is not None}
     with dist.agreed(world, f"making {run}"):
         run.mkdir(parents=True, exist_ok=True)
     checkpoint.write_base(
-        run, frozen, rank=world.rank, world_size=world.world_size, gather=lambda value: dist.gather(world, value)
+        run,
+        {name: weights.where(name) for name in frozen},
+        parts,
+        rank=world.rank,
+        world_size=world.world_size,
+        gather=lambda value: dist.gather(world, value),
     )
 
 
@@ -212,58 +213,12 @@ def check_data(start: Start, data: dict[str, Any], accept: Sequence[str]) -> Non
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-class _Only:
-    """Some names of other weights."""
-
-    def __init__(self, weights: Weights, names: Sequence[str]) -> None:
-        self._weights, self._names = weights, sorted(names)
-
-    def names(self) -> list[str]:
-        return self._names
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._weights, attribute)
-
-
-def open_weights(recipe: Recipe) -> Weights:
-    """What `init_from` names, as one: folders first, an earlier run's trained modules in place of theirs."""
-    parts: list[Weights] = []
-    earlier = None
-    if recipe.init_from.run is not None:
-        earlier = checkpoint.open_checkpoint(recipe.init_from.run.path)
-        parts.append(_Only(earlier, sorted(set(earlier.names()) - earlier.trained)))
-    if recipe.init_from.vision is not None:
-        parts.append(open_vision_folder(recipe.init_from.vision.path, recipe.model.vision))
-    if recipe.init_from.language_model is not None:
-        parts.append(open_language_model_folder(recipe.init_from.language_model.path, recipe.model.language_model))
-    if earlier is not None:
-        parts.append(_Only(earlier, sorted(earlier.trained)))
-    return merge(*parts)
-
-
 def verify_earlier_run(recipe: Recipe, world: dist.World) -> None:
     """Compares the checkpoint that `init_from.run` names with its checksums, each rank its share of the files."""
     if recipe.init_from.run is None:
         return
     with dist.agreed(world, f"reading {recipe.init_from.run.path}"):
-        checkpoint.Checkpoint(recipe.init_from.run.path).verify_checksums(world.rank, world.world_size)
-
-
-def account_for_weights(recipe: Recipe, weights: Weights) -> Account:
-    """Compares what the model needs with what there is; raises CheckpointError listing every difference.
-
-    A module may be new as a whole, but not where it is frozen: it would stay as random as it began.
-    """
-    found = account(expected_shapes(recipe.model), weights, ("projector.", "vision_model.", "language_model."))
-    new = {module_of(name) for name in found.initialised}
-    for module in sorted(new):
-        if getattr(recipe.train, module) == "frozen":
-            key = "run" if module == "projector" else module
-            raise CheckpointError(
-                f"train.{module} is 'frozen', but nothing gives it weights, so it would stay random; name them in "
-                f"init_from.{key}, or train it"
-            )
-    return found
+        checkpoint.Checkpoint(local_folder(recipe.init_from.run.path)).verify_checksums(world.rank, world.world_size)
 
 
 # ------------------------------------------------------------------------------------------------------------- engine

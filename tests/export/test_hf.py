@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 
 from nvlm_train.errors import CheckpointError, SetupError
-from nvlm_train.export import hf, key_map, verify
+from nvlm_train.export import hf, verify
+from nvlm_train.model import key_map
 from tiny_nvlm import MemoryWeights, make_recipe, make_tokenizer, random_weights
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nvlm_train.errors import CheckpointError
-from nvlm_train.export import hf, key_map, verify
+from nvlm_train.export import hf, verify
+from nvlm_train.model import key_map
 from nvlm_train.model.pretrained import expected_shapes
 from nvlm_train.recipe.schema import LANGUAGE_MODEL_PRESETS, VISION_PRESETS, Model
 from tiny_nvlm import make_recipe, random_weights

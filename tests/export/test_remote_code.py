@@ -16,7 +16,7 @@ from nvlm_train.batch import IGNORE_INDEX
 from nvlm_train.data import chat, tiling
 from nvlm_train.data.tokenizer import load_tokenizer
 from nvlm_train.export import hf, verify
-from nvlm_train.export.key_map import model_from_recipe
+from nvlm_train.model.key_map import model_from_recipe
 from nvlm_train.model.nvlm import NvlmD
 from nvlm_train.model.pretrained import load_into
 from nvlm_train.recipe.schema import Tiling
