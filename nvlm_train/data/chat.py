@@ -1,13 +1,13 @@
 """Messages to tokens: templates, tile tags, labels.
 
 A sample is first laid out as runs (a text to tokenise, a control token, the placeholders of one tile), and the runs are
-joined into one stream. Where runs begin decides how tags merge with their neighbours, and that is the whole difference
-between the two templates:
+joined into one stream. Where runs begin decides how tags merge with their neighbours. The templates:
 
     nvlm_qwen2   the stream the released Megatron code trains on
                  <|im_start|>user\n<Image> | <tile_1> | [256] | ... | </Image>\nWhat is it? | <|im_end|> | \n
     hf_nvlm      the stream of the published chat(): tags joined to the text before them, no newline after <|im_end|>
                  <|im_start|>user\n<Image><tile_1> | [256] | ... | </Image>\nWhat is it? | <|im_end|>
+    nvlm_yi      nvlm_qwen2 behind one <|startoftext|>, with Yi's shorter tag of the thumbnail, <tile_global>
 
 Trained are an assistant turn's text, its <|im_end|>, and the newline after it where the template has one, unless the
 turn says `"loss": False`. Everything else is masked: other turns, the assistant's header, tags and image positions, the
@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_train.batch import IGNORE_INDEX
-from nvlm_train.data.tokenizer import ChatTokenizer
+from nvlm_train.data.tokenizer import BOS, ChatTokenizer
+from nvlm_train.errors import DataError
 from nvlm_train.recipe.schema import Tiling
 
 Message = Mapping[str, Any]  # {"role": "user", "content": [{"text": "..."} | {"image": 0}, ...]}
@@ -34,17 +35,31 @@ Message = Mapping[str, Any]  # {"role": "user", "content": [{"text": "..."} | {"
 
 class Template(NamedTuple):
     """after_turn: text after each <|im_end|>. tags_apart: whether a tag is tokenised without the text before it.
-    system: system text of a sample that brings none, unless the recipe names one ('' there: no system turn)."""
+    system: system text of a sample that brings none, unless the recipe names one ('' there: no system turn).
+    thumbnail_tag: the tag of a thumbnail, or of an image's only tile. bos: whether a sample begins with the bos token.
+    """
 
     after_turn: str
     tags_apart: bool
     system: str | None
+    thumbnail_tag: str = "<tile_global_thumbnail>"
+    bos: bool = False
 
 
 TEMPLATES: dict[str, Template] = {
     "nvlm_qwen2": Template(after_turn="\n", tags_apart=True, system=None),
     "hf_nvlm": Template(after_turn="", tags_apart=False, system="Answer the questions."),
+    "nvlm_yi": Template(after_turn="\n", tags_apart=True, system=None, thumbnail_tag="<tile_global>", bos=True),
 }
+
+
+def check_tokenizer(tokenizer: ChatTokenizer, template: str, where: str) -> None:
+    """DataError where the tokenizer at `where` lacks what the template needs."""
+    if TEMPLATES[template].bos and tokenizer.bos is None:
+        raise DataError(
+            f"{where}: the tokenizer has no {BOS}, which tokenizer.template {template} puts before every sample; use "
+            "Yi's tokenizer, or another template."
+        )
 
 
 class Run(NamedTuple):
@@ -70,7 +85,7 @@ class Rendered:
     tile_starts: tuple[int, ...]
 
 
-def tile_tags(tiles: int, tiling: Tiling) -> list[str]:
+def tile_tags(tiles: int, tiling: Tiling, template: str = "nvlm_qwen2") -> list[str]:
     """The tags of one image's tiles, in order.
 
     Example, 3 tiles with thumbnail: <tile_1>, <tile_2>, <tile_global_thumbnail>. A single tile is the whole image and
@@ -80,7 +95,7 @@ def tile_tags(tiles: int, tiling: Tiling) -> list[str]:
         return [""] * tiles
     tags = [f"<tile_{k}>" for k in range(1, tiles + 1)]
     if tiles == 1 or tiling.thumbnail:
-        tags[-1] = "<tile_global_thumbnail>"
+        tags[-1] = TEMPLATES[template].thumbnail_tag
     return tags
 
 
@@ -96,17 +111,20 @@ def lay_out(
     prompt: bool = False,
 ) -> list[Run]:
     """The runs of a sample; with `prompt` the header of the answer to come follows the last turn."""
+    form = TEMPLATES[template]
+    runs: list[Run] = []
+    if form.bos:
+        assert tokenizer.bos is not None  # see `check_tokenizer`
+        runs.append(Run(None, tokenizer.bos, 1, False, False))
     if messages and messages[0]["role"] == "text":  # a plain text: no chat around it, all of it trained
         text = "".join(part["text"] for message in messages for part in message["content"])
-        return [Run(text, -1, 0, True, False), Run(None, tokenizer.pad, 1, True, False)]
-    form = TEMPLATES[template]
+        return [*runs, Run(text, -1, 0, True, False), Run(None, tokenizer.pad, 1, True, False)]
     if system is None:
         system = form.system
     turns: list[Message] = list(messages)
     if system and not any(turn["role"] == "system" for turn in turns):
         turns.insert(0, {"role": "system", "content": [{"text": system}]})
     start = Run(None, tokenizer.im_start, 1, False, False)
-    runs: list[Run] = []
     for turn in turns:
         trained = turn["role"] == "assistant" and turn.get("loss", True) is True
         runs.append(start)
@@ -121,7 +139,7 @@ def lay_out(
                 text += part["text"]
                 continue
             text += "<Image>"
-            for tag in tile_tags(tiles_per_image[part["image"]], tiling):
+            for tag in tile_tags(tiles_per_image[part["image"]], tiling, template):
                 if tag and form.tags_apart and text:
                     runs.append(Run(text, -1, 0, False, False))
                     text = ""

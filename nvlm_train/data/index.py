@@ -89,6 +89,7 @@ class IndexSettings:
     def of(cls, recipe: schema.Recipe, tokenizer: ChatTokenizer) -> IndexSettings:
         """The settings a recipe implies; Q = (image_size / patch_size / 2)^2 image tokens a tile."""
         tower = recipe.model.vision
+        chat.check_tokenizer(tokenizer, recipe.tokenizer.template, recipe.tokenizer.path)
         return cls(
             tokenizer=tokenizer,
             template=recipe.tokenizer.template,

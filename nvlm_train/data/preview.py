@@ -169,7 +169,8 @@ def view(plan: DataPlan, ref: SampleRef) -> View:
         grid = tiling.choose_grid(image.width, image.height, limit, settings.tile_size)
         if grid[0] * grid[1] not in (len(tiles), len(tiles) - 1):
             grid = (len(tiles), 1)
-        pictures.append(Picture(named.name, image, grid, tiles, chat.tile_tags(len(tiles), settings.tiling)))
+        tags = chat.tile_tags(len(tiles), settings.tiling, settings.template)
+        pictures.append(Picture(named.name, image, grid, tiles, tags))
     return View(ref, place, sample.messages, pictures, spans_of(plan, loaded))
 
 

@@ -1,7 +1,8 @@
-"""The Qwen2 decoder: grouped-query attention with q/k/v biases, rotary positions, SwiGLU, RMSNorm, packed samples.
+"""The decoder: grouped-query attention, rotary positions, SwiGLU, RMSNorm, packed samples.
 
-Parameter names are those of transformers' Qwen2ForCausalLM. Every module uses only its own weights, inside its own
-forward: that is what lets ZeRO-3 gather and release them.
+Qwen2 has biases on q, k and v; Llama, and Yi with it, has none: that is all they differ in. Parameter names are those
+of transformers' Qwen2ForCausalLM and LlamaForCausalLM. Every module uses only its own weights, inside its own forward:
+that is what lets ZeRO-3 gather and release them.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ class Attention(nn.Module):
         width = config.hidden_size
         self.head_size = width // config.num_attention_heads
         self.kernels = kernels
-        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_size)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_size)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_size)
+        bias = config.model_type == "qwen2"
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_size, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_size, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_size, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_size, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:

@@ -40,9 +40,10 @@ def vision_parameters(vision: Vision, num_dummy_heads: int = 0) -> int:
     heads = vision.num_attention_heads + num_dummy_heads
     inner = heads * (width // vision.num_attention_heads)
     embeddings = width + width * 3 * vision.patch_size**2 + width + width * (patches_per_tile(vision) + 1)
-    attention = 3 * inner * width + 2 * inner + width * inner + width  # qkv, q/k norms, proj with bias
+    attention = 3 * inner * (width + vision.qkv_bias) + width * inner + width  # qkv, proj with bias
+    attention += 2 * inner * vision.qk_normalization
     mlp = 2 * width * feed + feed + width
-    norms_and_scales = 4 * width
+    norms_and_scales = 4 * width + 2 * width * (vision.norm_type == "layer_norm")  # LayerNorm has biases
     return embeddings + vision.num_hidden_layers * (attention + mlp + norms_and_scales)
 
 
@@ -59,10 +60,10 @@ def language_model_parameters(lm: LanguageModel) -> int:
 
 
 def decoder_layer_parameters(lm: LanguageModel) -> int:
-    """One decoder layer: q, k, v with biases, o, gate, up, down, two norms."""
+    """One decoder layer: q, k, v (with biases in Qwen2), o, gate, up, down, two norms."""
     width = lm.hidden_size
     kv = lm.num_key_value_heads * (width // lm.num_attention_heads)
-    attention = 2 * width * width + 2 * width * kv + width + 2 * kv
+    attention = 2 * width * width + 2 * width * kv + (width + 2 * kv) * (lm.model_type == "qwen2")
     return attention + 3 * width * lm.intermediate_size + 2 * width
 
 

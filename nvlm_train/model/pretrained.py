@@ -163,7 +163,7 @@ def open_vision_folder(path: str | Path, vision: schema.Vision) -> WeightFolder:
 
 
 def open_language_model_folder(path: str | Path, lm: schema.LanguageModel) -> WeightFolder:
-    """A Qwen2 folder in the published format; names get the prefix `language_model.`.
+    """A Qwen2 or Llama folder in the published format; names get the prefix `language_model.`.
 
     A tied model's folder may bring its head as well: it must then equal the embedding, and is left out.
     Raises CheckpointError as `open_vision_folder` does.
@@ -470,11 +470,10 @@ def _vision_checks(config: dict[str, Any], vision: schema.Vision) -> list[_Check
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
         checks.append(_Check(key, value, getattr(vision, key), key))
-    # What the 6B tower is; InternViT-300M (layer_norm, qkv bias, no QK-norm) differs in all of these.
+    # The published code's defaults are the 6B tower's; what InternViT-300M differs in stands in its config.json.
+    for key, default in (("norm_type", "rms_norm"), ("qk_normalization", True), ("qkv_bias", False)):
+        checks.append(_Check(key, config.get(key, default), getattr(vision, key), key))
     return checks + [
-        _Check("norm_type", config.get("norm_type", "rms_norm"), "rms_norm"),
-        _Check("qk_normalization", config.get("qk_normalization", True), True),
-        _Check("qkv_bias", config.get("qkv_bias", False), False),
         _Check("hidden_act", config.get("hidden_act", "gelu"), "gelu"),
         _Check("num_channels", config.get("num_channels", 3), 3),
     ]
@@ -506,8 +505,10 @@ def _language_model_checks(config: dict[str, Any], lm: schema.LanguageModel) -> 
         )
     head_size = lm.hidden_size // lm.num_attention_heads
     kinds = config.get("layer_types") or ["full_attention"]
+    if lm.model_type == "llama":
+        checks += [_Check(key, config.get(key, False), False) for key in ("attention_bias", "mlp_bias")]
     return checks + [
-        _Check("model_type", config.get("model_type", _MISSING), "qwen2"),
+        _Check("model_type", config.get("model_type", _MISSING), lm.model_type, "model_type"),
         _Check("hidden_act", config.get("hidden_act", "silu"), "silu"),
         _Check("head_dim", config.get("head_dim") or head_size, head_size),
         _Check("use_sliding_window", config.get("use_sliding_window", False), False),

@@ -63,6 +63,11 @@ VISION_PRESETS: dict[str, dict[str, Any]] = {
         hidden_size=3200, intermediate_size=12800, num_hidden_layers=45, num_attention_heads=25, image_size=448,
         patch_size=14, layer_norm_eps=1e-6,
     ),
+    # InternViT-300M-448px, distilled from the one above; 304,012,288 parameters
+    "internvit_300m_448px": dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=448,
+        patch_size=14, layer_norm_eps=1e-6, norm_type="layer_norm", qk_normalization=False, qkv_bias=True,
+    ),
 }  # fmt: skip
 
 LANGUAGE_MODEL_PRESETS: dict[str, dict[str, Any]] = {
@@ -82,6 +87,11 @@ LANGUAGE_MODEL_PRESETS: dict[str, dict[str, Any]] = {
         hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
         vocab_size=152064,
     ),
+    # Yi-34B and Nous-Hermes-2-Yi-34B; 34,388,917,248 parameters
+    "yi_34b": dict(
+        model_type="llama", hidden_size=7168, intermediate_size=20480, num_hidden_layers=60, num_attention_heads=56,
+        num_key_value_heads=8, vocab_size=64000, rms_norm_eps=1e-5, rope_theta=5000000.0, max_position_embeddings=4096,
+    ),
 }  # fmt: skip
 
 
@@ -97,12 +107,12 @@ def _fill_from_preset(presets: dict[str, dict[str, Any]]) -> BeforeValidator:
 
 
 class Vision(Section):
-    """The vision tower: InternViT with learned positions, class token, QK-RMSNorm over the full width, LayerScale."""
+    """The vision tower: InternViT with learned positions, a class token and LayerScale."""
 
     shorthand = "preset"
     presets: ClassVar[dict[str, dict[str, Any]]] = VISION_PRESETS
 
-    preset: Literal["internvit_6b_448px_v1_5"] | None = key(
+    preset: Literal["internvit_6b_448px_v1_5", "internvit_300m_448px"] | None = key(
         None, doc="Sizes of a published tower; single sizes given beside it win.", resume="free"
     )
     hidden_size: int = key(doc="Width E of the tower.", gt=0)
@@ -113,7 +123,14 @@ class Vision(Section):
     )
     image_size: int = key(doc="Edge of a tile in pixels.", gt=0)
     patch_size: int = key(doc="Edge of a patch in pixels.", gt=0)
-    layer_norm_eps: Number = key(1e-6, doc="Epsilon of the tower's RMSNorms.", gt=0)
+    layer_norm_eps: Number = key(1e-6, doc="Epsilon of the tower's norms.", gt=0)
+    norm_type: Literal["rms_norm", "layer_norm"] = key(
+        "rms_norm", doc="Norm before attention and feed-forward: rms_norm in the 6B tower, layer_norm in the 300M one."
+    )
+    qk_normalization: bool = key(
+        True, doc="Whether queries and keys get an RMSNorm over the full width: in the 6B tower, not in the 300M one."
+    )
+    qkv_bias: bool = key(False, doc="Whether q, k and v have biases: in the 300M tower, not in the 6B one.")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Vision:
@@ -149,13 +166,17 @@ class Projector(Section):
 
 
 class LanguageModel(Section):
-    """The decoder: Qwen2 (grouped-query attention, q/k/v biases, RoPE, SwiGLU, RMSNorm)."""
+    """The decoder, of Qwen2's or Llama's kind: grouped-query attention, RoPE, SwiGLU, RMSNorm."""
 
     shorthand = "preset"
     presets: ClassVar[dict[str, dict[str, Any]]] = LANGUAGE_MODEL_PRESETS
 
-    preset: Literal["qwen2_0_5b_instruct", "qwen2_1_5b_instruct", "qwen2_7b_instruct", "qwen2_72b_instruct"] | None = (
-        key(None, doc="Sizes of a published decoder; single sizes given beside it win.", resume="free")
+    preset: (
+        Literal["qwen2_0_5b_instruct", "qwen2_1_5b_instruct", "qwen2_7b_instruct", "qwen2_72b_instruct", "yi_34b"]
+        | None
+    ) = key(None, doc="Sizes of a published decoder; single sizes given beside it win.", resume="free")
+    model_type: Literal["qwen2", "llama"] = key(
+        "qwen2", doc="qwen2: biases on q, k and v. llama: no biases at all (Yi is of this kind)."
     )
     hidden_size: int = key(doc="Width D of the decoder.", gt=0)
     intermediate_size: int = key(doc="Width F of its feed-forward layers; also the projector's hidden width.", gt=0)
@@ -300,10 +321,11 @@ class Tokenizer(Section):
         path=True,
         resume="free",
     )
-    template: Literal["nvlm_qwen2", "hf_nvlm"] = key(
+    template: Literal["nvlm_qwen2", "hf_nvlm", "nvlm_yi"] = key(
         "nvlm_qwen2",
         doc="nvlm_qwen2: the stream the released Megatron code trains on (tags tokenised apart, a newline after "
-        "<|im_end|>, trained). hf_nvlm: the stream of the published chat() (tags merge with their neighbours).",
+        "<|im_end|>, trained). hf_nvlm: the stream of the published chat() (tags merge with their neighbours). "
+        "nvlm_yi: nvlm_qwen2 for Yi's tokenizer (<|startoftext|> first, the thumbnail's tag <tile_global>).",
         resume="ask",
     )
     system: str | None = key(

@@ -10,8 +10,9 @@ import pytest
 
 from corpus import write_tokenizer
 from nvlm_train.batch import IGNORE_INDEX
-from nvlm_train.data.chat import Rendered, lay_out, render, render_prompt, tile_tags
+from nvlm_train.data.chat import Rendered, check_tokenizer, count_tokens, lay_out, render, render_prompt, tile_tags
 from nvlm_train.data.tokenizer import ChatTokenizer, load_tokenizer
+from nvlm_train.errors import DataError
 from nvlm_train.recipe.schema import Tiling
 
 FIXTURES = os.environ.get("NVLM_FIXTURES")
@@ -176,6 +177,34 @@ def test_without_tags(tiny: ChatTokenizer, template: str) -> None:
     head = [tiny.im_start, *e("user\n<Image>"), *[tiny.image_token] * (2 * Q), *e("</Image>\nWhat?"), tiny.im_end]
     assert got.input_ids[: len(head)].tolist() == head
     assert got.tile_starts == (1 + len(e("user\n<Image>")), 1 + len(e("user\n<Image>")) + Q)
+
+
+def test_nvlm_yi_stream(tmp_path: Path) -> None:
+    """Yi's tokenizer: one <|startoftext|>, its own tag of the thumbnail, <unk> in the place of image tokens."""
+    control = ["<unk>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    yi = load_tokenizer(write_tokenizer(tmp_path, control=control))
+    assert (yi.image_token, yi.bos, yi.pad, yi.im_start, yi.im_end) == (0, 1, 2, 3, 4)
+    e, pads = yi.encode, [0] * Q
+    got = render(MESSAGES[:2], [2], yi, "nvlm_yi", TILING, Q, None)
+    assert got.input_ids.tolist() == [
+        *(1, 3, *e("user\n<Image>"), *e("<tile_1>"), *pads, *e("<tile_global>"), *pads, *e("</Image>\nWhat?"), 4),
+        *(*e("\n"), 3, *e("assistant\n"), *e("Yes"), 4, *e("\n")),
+    ]
+    assert [target for _, target in targets(got)] == [*e("Yes"), 4, *e("\n")]
+    assert not set(e("<unk><|startoftext|>")) & {0, 1}
+    plain = render([{"role": "text", "content": [{"text": "Why"}]}], [], yi, "nvlm_yi", TILING, Q, None)
+    assert plain.input_ids.tolist() == [1, *e("Why"), 2]
+    assert plain.labels.tolist() == [*e("Why"), 2, IGNORE_INDEX]  # the first text token is predicted, from bos
+    runs = lay_out([{"role": "text", "content": [{"text": "Why"}]}], [], yi, "nvlm_yi", TILING, Q, None)
+    assert count_tokens(runs, {"Why": len(e("Why"))}) == (len(e("Why")) + 2, len(e("Why")) + 1)
+
+
+def test_a_tokenizer_without_bos_is_refused_by_nvlm_yi(tiny: ChatTokenizer) -> None:
+    check_tokenizer(tiny, "nvlm_qwen2", "here")
+    with pytest.raises(
+        DataError, match=r"here: the tokenizer has no <\|startoftext\|>, which tokenizer.template nvlm_yi"
+    ):
+        check_tokenizer(tiny, "nvlm_yi", "here")
 
 
 def test_two_images_in_their_places(tiny: ChatTokenizer) -> None:

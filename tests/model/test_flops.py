@@ -35,18 +35,25 @@ def test_nvlm_d_72b_has_the_published_number_of_parameters():
         ("qwen2_0_5b_instruct", 494_032_768),
         ("qwen2_1_5b_instruct", 1_543_714_304),
         ("qwen2_7b_instruct", 7_615_616_512),
+        ("yi_34b", 34_388_917_248),  # 34.389 B on its model page
     ],
 )
 def test_the_smaller_decoders(lm, count):
     assert count_parameters(model(lm))["language_model"] == count
 
 
+def test_the_smaller_tower():
+    config = Model.model_validate({"vision": "internvit_300m_448px", "language_model": "qwen2_0_5b_instruct"})
+    assert count_parameters(config)["vision"] == 304_012_288  # "304 M" on its model page
+
+
 def test_counts_equal_the_tensors_of_a_real_model():
     torch = pytest.importorskip("torch")
     from nvlm_train.model.nvlm import NvlmD
 
-    # pairwise different sizes, tied and untied
+    # pairwise different sizes, tied and untied, of both kinds of tower and of decoder
     for tied in (False, True):
+        other = {"norm_type": "layer_norm", "qk_normalization": False, "qkv_bias": True} if tied else {}
         config = Model.model_validate(
             {
                 "vision": dict(
@@ -56,6 +63,7 @@ def test_counts_equal_the_tensors_of_a_real_model():
                     num_attention_heads=5,
                     image_size=24,
                     patch_size=3,
+                    **other,
                 ),
                 "language_model": dict(
                     hidden_size=48,
@@ -65,6 +73,7 @@ def test_counts_equal_the_tensors_of_a_real_model():
                     num_key_value_heads=2,
                     vocab_size=130,
                     tie_word_embeddings=tied,
+                    model_type="llama" if tied else "qwen2",
                 ),
             }
         )

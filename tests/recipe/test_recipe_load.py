@@ -135,7 +135,7 @@ BAD_LINES = [
     (
         13,
         "tokenizer: {path: tok, template: qwen2}",
-        ["r.yaml:13 tokenizer.template: 'qwen2' is not one of nvlm_qwen2, hf_nvlm; did you mean nvlm_qwen2?"],
+        ["r.yaml:13 tokenizer.template: 'qwen2' is not one of nvlm_qwen2, hf_nvlm, nvlm_yi; did you mean nvlm_qwen2?"],
     ),
     (
         1,
@@ -277,7 +277,7 @@ MODEL = [
     ),
     (
         "model.vision=internvit_6b",
-        "model.vision.preset: 'internvit_6b' is not one of internvit_6b_448px_v1_5; did you mean "
+        "model.vision.preset: 'internvit_6b' is not one of internvit_6b_448px_v1_5, internvit_300m_448px; did you mean "
         "internvit_6b_448px_v1_5?",
     ),
 ]
