@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-REMOTE_CODE = ("configuration_nvlm_d.py", "modeling_nvlm_d.py", "processing_nvlm_d.py")
+REMOTE_CODE = ("configuration_nvlm_d.py", "modeling_nvlm_d.py", "processing_nvlm.py")
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
@@ -256,7 +256,7 @@ def generation_config(tokens: dict[str, int]) -> dict[str, Any]:
 
 
 def preprocessor_config(model: Model) -> dict[str, Any]:
-    """preprocessor_config.json as published: one tile. Cutting an image into tiles is processing_nvlm_d.py's work."""
+    """preprocessor_config.json as published: one tile. Cutting an image into tiles is processing_nvlm.py's work."""
     return {
         "crop_size": model.vision.image_size,
         "do_center_crop": True,
@@ -271,10 +271,10 @@ def preprocessor_config(model: Model) -> dict[str, Any]:
 
 
 def processor_config(model: Model, recipe: dict[str, Any]) -> dict[str, Any]:
-    """processor_config.json: how images and prompts were prepared in training, read by processing_nvlm_d.py."""
+    """processor_config.json: how images and prompts were prepared in training, read by processing_nvlm.py."""
     tiling, tokenizer = recipe["data"]["tiling"], recipe["tokenizer"]
     return {
-        "auto_map": {"AutoProcessor": "processing_nvlm_d.NVLM_D_Processor"},
+        "auto_map": {"AutoProcessor": "processing_nvlm.NVLM_Processor"},
         "image_mean": IMAGE_MEAN,
         "image_std": IMAGE_STD,
         "image_token": CONTROL_TOKENS["image"],

@@ -64,13 +64,13 @@ class _TextProcessor:
     """For a plain Qwen2 folder: its chat template, or ChatML where it has none."""
 
     def __init__(self, tokenizer: Any) -> None:
-        from nvlm_train.export.remote_code.processing_nvlm_d import NVLM_D_Processor
+        from nvlm_train.export.remote_code.processing_nvlm import NVLM_Processor
 
         self.tokenizer = tokenizer
         self.tokenizer.pad_token = self.tokenizer.pad_token or STOP[1]
         self.tokenizer.padding_side = "left"  # as an argument of apply_chat_template it is ignored by transformers 5
         settings = {"image_token": "<|vision_pad|>", "prompt_template": "nvlm_qwen2", "system": None}
-        self._chatml = NVLM_D_Processor(tokenizer, settings)
+        self._chatml = NVLM_Processor(tokenizer, settings)
 
     def __call__(self, prompts: list[Any], images: Any = None) -> Any:
         if self.tokenizer.chat_template is None:

@@ -1,5 +1,7 @@
 """Our tensor names and shapes <-> those of the published NVLM-D-72B repository, in both directions.
 
+NVLM-X and NVLM-H were never published: their cross-attention keeps our names, everything else is named as in NVLM-D.
+
 Two things differ. The projector is called `mlp1` and numbered, and the vision tower's attention is stored with 7
 all-zero heads behind the real ones (25 + 7 = 32 in the 6B tower): its authors trained on 8-way tensor parallel and 25
 heads do not divide by 8. vLLM hard-codes those 7, so every tower is exported with them, whatever its size.
@@ -36,7 +38,8 @@ _OURS_TO_PUBLISHED = {
     "projector.fc2.weight": "mlp1.3.weight",
 }
 _PUBLISHED_TO_OURS = {published: ours for ours, published in _OURS_TO_PUBLISHED.items()}
-_SAME_NAME = ("vision_model.", "language_model.")
+_OURS_TO_PUBLISHED["projector.fc.weight"] = "mlp1.1.weight"  # NVLM-X's only one
+_SAME_NAME = ("vision_model.", "cross_attention.", "language_model.")
 LM_HEAD = "language_model.lm_head.weight"
 
 
@@ -47,13 +50,15 @@ def to_published(name: str) -> str:
     if name.startswith(_SAME_NAME):
         return name
     raise CheckpointError(
-        f"tensor {name!r} has no place in the published NVLM-D layout: names begin with vision_model., projector. or "
-        "language_model."
+        f"tensor {name!r} has no place in the published NVLM-D layout: names begin with vision_model., projector., "
+        "cross_attention. or language_model."
     )
 
 
-def from_published(name: str) -> str:
+def from_published(name: str, architecture: str = "nvlm_d") -> str:
     """Our name of the published tensor `name`; CheckpointError for a name that is not in the layout."""
+    if architecture == "nvlm_x" and name == "mlp1.1.weight":
+        return "projector.fc.weight"
     if name in _PUBLISHED_TO_OURS:
         return _PUBLISHED_TO_OURS[name]
     if name.startswith(_SAME_NAME):

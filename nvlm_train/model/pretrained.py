@@ -256,7 +256,7 @@ def open_model_folder(path: str | Path, model: schema.Model) -> Weights:
     entries = {}
     for key, entry in stored.items():
         try:
-            entries[key_map.from_published(key)] = entry
+            entries[key_map.from_published(key, model.architecture)] = entry
         except CheckpointError as error:
             problems.append(f"{entry.file}: {error}")
     _drop_equal_head(entries, model.language_model, problems)

@@ -44,7 +44,7 @@ def test_files_index_and_shards(exported: Path) -> None:
     others = {path.name for path in exported.iterdir()} - set(shards)
     assert others == {
         "README.md", "config.json", "configuration_nvlm_d.py", "generation_config.json", "model.safetensors.index.json",
-        "modeling_nvlm_d.py", "preprocessor_config.json", "processing_nvlm_d.py", "processor_config.json",
+        "modeling_nvlm_d.py", "preprocessor_config.json", "processing_nvlm.py", "processor_config.json",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
 

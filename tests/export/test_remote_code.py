@@ -78,11 +78,11 @@ def test_prompts_equal_the_training_stream_token_for_token(
 def same_prompts(recipe: dict[str, Any], folder: Path, hf_folder: Path) -> None:
     import transformers
 
-    from nvlm_train.export.remote_code.processing_nvlm_d import NVLM_D_Processor
+    from nvlm_train.export.remote_code.processing_nvlm import NVLM_Processor
 
     settings = hf.processor_config(model_from_recipe(recipe), recipe)
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf_folder)
-    processor = NVLM_D_Processor(tokenizer, settings)
+    processor = NVLM_Processor(tokenizer, settings)
     tiles = Tiling.model_validate(recipe["data"]["tiling"])
     for messages, counts in [
         (CONVERSATION, [3, 1]),
@@ -134,7 +134,7 @@ def test_chat_template_equals_the_training_stream_for_text(
 
 
 def test_tiles_equal_the_training_pipelines_on_many_sizes(processor: Any) -> None:
-    from nvlm_train.export.remote_code import processing_nvlm_d as remote
+    from nvlm_train.export.remote_code import processing_nvlm as remote
 
     sizes = random.Random(0)
     for _ in range(500):
@@ -152,7 +152,7 @@ def test_tiles_equal_the_training_pipelines_on_many_sizes(processor: Any) -> Non
 
 
 def test_tiles_are_shared_over_the_images_of_a_prompt_as_in_training() -> None:
-    from nvlm_train.export.remote_code import processing_nvlm_d as remote
+    from nvlm_train.export.remote_code import processing_nvlm as remote
 
     draw = random.Random(4)
     lowered = 0
