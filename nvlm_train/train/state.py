@@ -20,7 +20,7 @@ from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
 from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
-from nvlm_train.model.nvlm import NvlmD
+from nvlm_train.model.nvlm import class_of
 from nvlm_train.model.pretrained import (
     Account,
     Weights,
@@ -254,11 +254,13 @@ def account_for_weights(recipe: Recipe, weights: Weights) -> Account:
 
     A module may be new as a whole, but not where it is frozen: it would stay as random as it began.
     """
-    found = account(expected_shapes(recipe.model), weights, ("projector.", "vision_model.", "language_model."))
+    found = account(
+        expected_shapes(recipe.model), weights, ("projector.", "cross_attention.", "vision_model.", "language_model.")
+    )
     new = {module_of(name) for name in found.initialised}
     for module in sorted(new):
         if getattr(recipe.train, module) == "frozen":
-            key = "run" if module == "projector" else module
+            key = "run" if module in ("projector", "cross_attention") else module
             raise CheckpointError(
                 f"train.{module} is 'frozen', but nothing gives it weights, so it would stay random; name them in "
                 f"init_from.{key}, or train it"
@@ -290,7 +292,7 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     if recipe.train.vision == "frozen":
         tower = _frozen_tower(recipe, weights, dtype, world.device)
     with zero.partitioned_at_birth(resolved.deepspeed, dtype):
-        model = NvlmD(
+        model = class_of(recipe.model)(
             recipe.model,
             with_vision=tower is None,
             activation_checkpointing=recipe.activation_checkpointing,
