@@ -13,6 +13,13 @@ Trained are an assistant turn's text, its <|im_end|>, and the newline after it w
 turn says `"loss": False`. Everything else is masked: other turns, the assistant's header, tags and image positions, the
 position before an image (its target is a tag or an image token, which are never targets).
 
+In nvlm_x no tile has placeholders: its tag alone stands in the stream, tokenised apart in every template, and reads
+that tile by cross-attention. In nvlm_h only an image's last tile (the thumbnail, or its only tile) stands in the
+stream, as in nvlm_d; the others and their tags are in the memory that cross-attention reads:
+
+    nvlm_x       <|im_start|>user\n<Image> | <tile_1> | <tile_2> | <tile_global_thumbnail> | </Image>\nWhat is it? | ...
+    nvlm_h       <|im_start|>user\n<Image> | <tile_global_thumbnail> | [256] | </Image>\nWhat is it? | ...
+
 A plain text (one message of the role "text") stands alone, all of it trained, and ends with <|endoftext|>.
 """
 
@@ -63,13 +70,34 @@ def check_tokenizer(tokenizer: ChatTokenizer, template: str, where: str) -> None
 
 
 class Run(NamedTuple):
-    """A stretch of the stream: `text` to tokenise, or `times` times the control token `token`."""
+    """A stretch of the stream: `text` to tokenise, or `times` times the control token `token`.
+
+    is_tile: whether it stands for a tile. image: the tile's image, counted from 0 in the order of appearance.
+    memory_tag: of a tile that cross-attention reads, the text before it in the memory; None: it is not in the memory.
+    """
 
     text: str | None
     token: int
     times: int
     trained: bool
     is_tile: bool
+    image: int = -1
+    memory_tag: str | None = None
+
+
+class TileReads(NamedTuple):
+    """Which tokens of a sample read one of its tiles by cross-attention.
+
+    image: of the sample's images in order of appearance. in_memory: False for a tile that is in the sequence instead.
+    own: [begin, end) of the tokens that read this tile and nothing else, its tag; empty where there are none.
+    behind: where its image ends: ordinary text from here on may read it. tag_ids: what stands before it in the memory.
+    """
+
+    image: int
+    in_memory: bool
+    own: tuple[int, int]
+    behind: int
+    tag_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -77,12 +105,14 @@ class Rendered:
     """A sample as tokens.
 
     input_ids: i32[L]. labels: i32[L], shifted: labels[t] is what position t must predict, or IGNORE_INDEX.
-    tile_starts: for each tile, where its Q placeholders begin in input_ids.
+    tile_starts: for each tile, where its Q placeholders begin in input_ids; -1 where it has none.
+    reads: for each tile, who reads it by cross-attention; empty in nvlm_d.
     """
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     tile_starts: tuple[int, ...]
+    reads: tuple[TileReads, ...] = ()
 
 
 def tile_tags(tiles: int, tiling: Tiling, template: str = "nvlm_qwen2") -> list[str]:
@@ -108,6 +138,7 @@ def lay_out(
     image_tokens_per_tile: int,
     system: str | None,
     *,
+    architecture: str = "nvlm_d",
     prompt: bool = False,
 ) -> list[Run]:
     """The runs of a sample; with `prompt` the header of the answer to come follows the last turn."""
@@ -125,6 +156,8 @@ def lay_out(
     if system and not any(turn["role"] == "system" for turn in turns):
         turns.insert(0, {"role": "system", "content": [{"text": system}]})
     start = Run(None, tokenizer.im_start, 1, False, False)
+    tags_apart = form.tags_apart or architecture == "nvlm_x"  # what reads a tile is its tag and nothing else
+    image = -1
     for turn in turns:
         trained = turn["role"] == "assistant" and turn.get("loss", True) is True
         runs.append(start)
@@ -139,15 +172,30 @@ def lay_out(
                 text += part["text"]
                 continue
             text += "<Image>"
-            for tag in tile_tags(tiles_per_image[part["image"]], tiling, template):
-                if tag and form.tags_apart and text:
+            image += 1
+            tags = tile_tags(tiles_per_image[part["image"]], tiling, template)
+            in_memory = {"nvlm_d": 0, "nvlm_x": len(tags), "nvlm_h": len(tags) - 1}[architecture]
+            for number, tag in enumerate(tags):
+                if number < in_memory and architecture == "nvlm_h":
+                    if text:
+                        runs.append(Run(text, -1, 0, False, False))
+                        text = ""
+                    runs.append(Run(None, -1, 0, False, True, image, tag))
+                    continue
+                if tag and tags_apart and text:
                     runs.append(Run(text, -1, 0, False, False))
                     text = ""
+                if number < in_memory:  # nvlm_x
+                    if text:
+                        runs.append(Run(text, -1, 0, False, False))
+                        text = ""
+                    runs.append(Run(tag or None, -1, 0, False, True, image, ""))
+                    continue
                 text += tag
                 if text:
                     runs.append(Run(text, -1, 0, False, False))
                     text = ""
-                runs.append(Run(None, tokenizer.image_token, image_tokens_per_tile, False, True))
+                runs.append(Run(None, tokenizer.image_token, image_tokens_per_tile, False, True, image))
             text = "</Image>"
         if text:
             runs.append(Run(text, -1, 0, trained, False))
@@ -170,16 +218,33 @@ def join(runs: Sequence[Run], encode: Callable[[str], Sequence[int]]) -> Rendere
     ids: list[int] = []
     trained: list[bool] = []
     tile_starts: list[int] = []
+    spans: list[tuple[Run, int, int]] = []
+    behind: dict[int, int] = {}
     for run in runs:
-        if run.is_tile:
-            tile_starts.append(len(ids))
+        begin = len(ids)
         more = [run.token] * run.times if run.text is None else encode(run.text)
         ids.extend(more)
         trained.extend([run.trained] * len(more))
+        if run.is_tile:
+            tile_starts.append(begin if run.times else -1)
+            spans.append((run, begin, len(ids)))
+            behind[run.image] = len(ids)
+    reads: tuple[TileReads, ...] = ()
+    if any(run.memory_tag is not None for run, _, _ in spans):
+        reads = tuple(
+            TileReads(
+                run.image,
+                run.memory_tag is not None,
+                (begin, end) if run.text else (begin, begin),
+                behind[run.image],
+                tuple(encode(run.memory_tag)) if run.memory_tag else (),
+            )
+            for run, begin, end in spans
+        )
     input_ids = np.asarray(ids, dtype=np.int32)  # [L]
     labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)  # [L]
     labels[:-1] = np.where(np.asarray(trained[1:], dtype=bool), input_ids[1:], IGNORE_INDEX)
-    return Rendered(input_ids, labels, tuple(tile_starts))
+    return Rendered(input_ids, labels, tuple(tile_starts), reads)
 
 
 def render(
@@ -190,13 +255,17 @@ def render(
     tiling: Tiling,
     image_tokens_per_tile: int,
     system: str | None,
+    *,
+    architecture: str = "nvlm_d",
 ) -> Rendered:
     """Tokens, labels and tile positions of a training sample in canonical messages.
 
     `tiles_per_image[i]` counts the tiles of image i, thumbnail included; `system` stands in for a sample without a
     system turn (None: the template's own).
     """
-    runs = lay_out(messages, tiles_per_image, tokenizer, template, tiling, image_tokens_per_tile, system)
+    runs = lay_out(
+        messages, tiles_per_image, tokenizer, template, tiling, image_tokens_per_tile, system, architecture=architecture
+    )
     return join(runs, tokenizer.encode)
 
 
@@ -208,9 +277,12 @@ def render_prompt(
     tiling: Tiling,
     image_tokens_per_tile: int,
     system: str | None,
+    *,
+    architecture: str = "nvlm_d",
 ) -> Rendered:
     """The same stream up to and with the header of the next assistant turn: what a generation starts from."""
-    runs = lay_out(messages, tiles_per_image, tokenizer, template, tiling, image_tokens_per_tile, system, prompt=True)
+    given = (messages, tiles_per_image, tokenizer, template, tiling, image_tokens_per_tile, system)
+    runs = lay_out(*given, architecture=architecture, prompt=True)
     return join(runs, tokenizer.encode)
 
 

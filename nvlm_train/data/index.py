@@ -84,6 +84,7 @@ class IndexSettings:
     max_tokens: int
     overlong: str
     images: ImageOptions = REFERENCE
+    architecture: str = "nvlm_d"
 
     @classmethod
     def of(cls, recipe: schema.Recipe, tokenizer: ChatTokenizer) -> IndexSettings:
@@ -100,6 +101,7 @@ class IndexSettings:
             max_tokens=recipe.data.max_tokens_per_sample,
             overlong=recipe.data.overlong,
             images=ImageOptions(recipe.data.exif, recipe.data.alpha, recipe.data.sixteen_bit),
+            architecture=recipe.model.architecture,
         )
 
     def lay_out(self, sample: Sample, tiles_per_image: Sequence[int]) -> list[chat.Run]:
@@ -112,6 +114,7 @@ class IndexSettings:
             self.tiling,
             self.image_tokens_per_tile,
             self.system,
+            architecture=self.architecture,
         )
 
     def key_parts(self) -> dict[str, Any]:
@@ -126,6 +129,8 @@ class IndexSettings:
             "max_tokens": self.max_tokens,
             "overlong": self.overlong,
             "images": self.images._asdict(),
+            # left out in nvlm_d: indexes and runs from before there was another keep their key
+            **({} if self.architecture == "nvlm_d" else {"architecture": self.architecture}),
         }
 
 

@@ -35,7 +35,7 @@ def predict_memory(recipe: Recipe, world_size: int, parameters: dict[str, int]) 
     """
     stage, ranks = recipe.zero.stage, world_size
     number = 2 if recipe.precision == "bf16" else 4
-    trained = {module: getattr(recipe.train, module) == "full" for module in parameters}
+    trained = {module: getattr(recipe.train, module) == "full" for module in parameters}  # the model's modules
     outside = 0 if trained["vision"] else parameters["vision"]
     inside = sum(parameters.values()) - outside
     trainable = sum(count for module, count in parameters.items() if trained[module])
@@ -57,13 +57,27 @@ def predict_memory(recipe: Recipe, world_size: int, parameters: dict[str, int]) 
     layer = tokens * number * (6 * lm.hidden_size + 2 * kv + 4 * lm.intermediate_size)
     inputs = tokens * number * lm.hidden_size * lm.num_hidden_layers
     recompute = recipe.activation_checkpointing == "full"
-    backward = trained["language_model"] or trained["projector"] or trained["vision"]
+    backward = any(trained.values())
     kept = 0 if not backward else inputs if recompute else layer * lm.num_hidden_layers
     # as many tiles as image tokens fit into the packs; an image-free micro batch needs none of it
     tiles = -(-tokens // tile_tokens)
+    crossing = 0
+    if recipe.model.architecture != "nvlm_d":  # as many as pack_tiles allows; they are not among the tokens
+        tiles = recipe.micro_batch_size * (recipe.data.pack_tiles or 0)
+        heads, groups = recipe.model.cross_attention_heads
+        rows = tiles * tile_tokens
+        # a layer keeps per token: input, norm, q, attention's output, sum; per row of the memory: norm, k and v, and k
+        # and v once more for the tags or the text that read it
+        crossing = number * (
+            tokens * 6 * lm.hidden_size + rows * (lm.hidden_size + 6 * groups * (lm.hidden_size // heads))
+        )
+        if recipe.model.cross_attention.feed_forward:
+            crossing += number * tokens * (2 * lm.hidden_size + 4 * lm.intermediate_size)
+        kept += 0 if not backward or recompute else crossing * len(recipe.model.cross_attention_layers)
     chunk = min(tiles, recipe.vision_tiles_per_chunk)
     tower_layer = (patches + 1) * number * (8 * vision.hidden_size + 2 * vision.intermediate_size)
-    projector = tiles * tile_tokens * number * (8 * vision.hidden_size + 2 * lm.intermediate_size + lm.hidden_size)
+    inner = 0 if recipe.model.architecture == "nvlm_x" else 2 * lm.intermediate_size
+    projector = tiles * tile_tokens * number * (8 * vision.hidden_size + inner + lm.hidden_size)
     tower = tiles * tower_layer * vision.num_hidden_layers if trained["vision"] else chunk * tower_layer
 
     predicted = {
@@ -75,7 +89,7 @@ def predict_memory(recipe: Recipe, world_size: int, parameters: dict[str, int]) 
         "buckets": min(trainable, recipe.zero.reduce_bucket_size)
         * (4 if recipe.zero.communication_data_type == "fp32" else 2),
         "activations": kept + projector,
-        "recomputed_layer": layer if recompute or not backward else 0,
+        "recomputed_layer": layer + crossing if recompute or not backward else 0,
         "loss": tokens * lm.vocab_size * (number + 4 + 4 + (number if number == 2 else 0)),
         "vision_activations": tower,
     }

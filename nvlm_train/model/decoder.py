@@ -7,6 +7,8 @@ that is what lets ZeRO-3 gather and release them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from nvlm_train.recipe import schema
 
 # Logits held at once, in elements: 512 MiB in fp32. More labelled rows are done in pieces, recomputed in backward.
 MAX_LOGITS = 2**27
+
+
+Reader = Callable[[Tensor], Tensor]  # hidden states [B, S, D] with what cross-attention read: [B, S, D]
 
 
 class Attention(nn.Module):
@@ -59,7 +64,10 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """`x + self_attn(input_layernorm(x))`, then `x + mlp(post_attention_layernorm(x))`."""
+    """`x + self_attn(input_layernorm(x))`, then `x + mlp(post_attention_layernorm(x))`.
+
+    reader: cross-attention at this layer, before both, between them or after both, as `place` says.
+    """
 
     def __init__(self, config: schema.LanguageModel, kernels: str) -> None:
         super().__init__()
@@ -68,10 +76,26 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        reader: Reader | None = None,
+        place: str = "between",
+    ) -> Tensor:
         """x: [B, S, D] -> [B, S, D]."""
+        if reader is not None and place == "before":
+            x = reader(x)  # [B, S, D]
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if reader is not None and place == "between":
+            x = reader(x)  # [B, S, D]
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        if reader is not None and place == "after":
+            x = reader(x)  # [B, S, D]
+        return x
 
 
 class Decoder(nn.Module):
@@ -85,18 +109,29 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, kernels) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """x: [B, S, D] embedded tokens; position_ids: i64[B, S]; cu_seqlens: i32[G+1] -> [B, S, D], normalised."""
+    def forward(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        readers: Mapping[int, Reader] | None = None,
+        place: str = "between",
+    ) -> Tensor:
+        """x: [B, S, D] embedded tokens; position_ids: i64[B, S]; cu_seqlens: i32[G+1] -> [B, S, D], normalised.
+
+        readers: cross-attention by number of layer, at `place` of it (see `Layer`).
+        """
+        readers = readers or {}
         head_size = self.config.hidden_size // self.config.num_attention_heads
         cos, sin = rotary_tables(position_ids, head_size, self.config.rope_theta, x.dtype)  # [B, S, 1, H]
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            arguments = (x, cos, sin, cu_seqlens, max_seqlen, readers.get(number), place)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # Nothing in a layer is random: no generator state to keep.
-                x = checkpoint(
-                    layer, x, cos, sin, cu_seqlens, max_seqlen, use_reentrant=False, preserve_rng_state=False
-                )
+                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, cu_seqlens, max_seqlen)
+                x = layer(*arguments)
         return self.norm(x)
 
 

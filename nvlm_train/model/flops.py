@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from nvlm_train.recipe.schema import LanguageModel, Model, Train, Vision
 
-MODULES = ("vision", "projector", "language_model")
 NUM_DUMMY_HEADS = 7  # zero heads in published NVLM-D checkpoints: 25 real ones padded to 32 for tensor parallelism
 
 
@@ -25,13 +24,21 @@ def image_tokens_per_tile(vision: Vision) -> int:
     return patches_per_tile(vision) // 4
 
 
+def modules_of(model: Model) -> tuple[str, ...]:
+    """The modules that a recipe can train, in the order of the data's way through the model."""
+    cross_attention = () if model.architecture == "nvlm_d" else ("cross_attention",)
+    return ("vision", "projector", *cross_attention, "language_model")
+
+
 def count_parameters(model: Model) -> dict[str, int]:
     """Number of parameters by module, tied weights counted once, padding heads of the published format not counted."""
-    return {
+    counts = {
         "vision": vision_parameters(model.vision),
         "projector": projector_parameters(model),
+        "cross_attention": cross_attention_parameters(model),
         "language_model": language_model_parameters(model.language_model),
     }
+    return {module: counts[module] for module in modules_of(model)}
 
 
 def vision_parameters(vision: Vision, num_dummy_heads: int = 0) -> int:
@@ -48,9 +55,33 @@ def vision_parameters(vision: Vision, num_dummy_heads: int = 0) -> int:
 
 
 def projector_parameters(model: Model) -> int:
-    """LayerNorm with bias over 4 E, then two Linears without biases over the decoder's feed-forward width."""
+    """LayerNorm with bias over 4 E (unless it is left out) and the Linears' weights, which have no biases."""
+    return 8 * model.vision.hidden_size * (model.projector.norm == "layer_norm") + projector_weights(model)
+
+
+def projector_weights(model: Model) -> int:
+    """Two Linears over the decoder's feed-forward width; in nvlm_x a single one."""
     shuffled, lm = 4 * model.vision.hidden_size, model.language_model
-    return 2 * shuffled + shuffled * lm.intermediate_size + lm.intermediate_size * lm.hidden_size
+    if model.architecture == "nvlm_x":
+        return shuffled * lm.hidden_size
+    return shuffled * lm.intermediate_size + lm.intermediate_size * lm.hidden_size
+
+
+def cross_attention_parameters(model: Model) -> int:
+    """All cross-attention layers: q, k, v, o, norms of tokens and memory, a gate, and the feed-forward part if any."""
+    own, width = model.cross_attention, model.language_model.hidden_size
+    gate = int(own.gate == "tanh")
+    layer = sum(cross_attention_weights(model)) + width + width * (own.memory_norm == "rms_norm") + gate
+    layer += (width + gate) * own.feed_forward
+    return len(model.cross_attention_layers) * layer
+
+
+def cross_attention_weights(model: Model) -> tuple[int, int]:
+    """Matrix weights of one cross-attention layer: those that a token meets (q, o, feed-forward), and those that a row
+    of the memory does (k, v)."""
+    width, (heads, groups) = model.language_model.hidden_size, model.cross_attention_heads
+    feed_forward = 3 * width * model.language_model.intermediate_size * model.cross_attention.feed_forward
+    return 2 * width * width + feed_forward, 2 * width * groups * (width // heads)
 
 
 def language_model_parameters(lm: LanguageModel) -> int:
@@ -98,16 +129,18 @@ def count_flops(model: Model, train: Train, sample_tokens: int, recompute: bool)
     """Operations per token and tile for a recipe's model, frozen modules and activation recompute.
 
     sample_tokens: length of a sample, because attention grows with it; causal attention looks at half of it on average.
+    Every token of a sample is taken to read all of its tiles by cross-attention (nvlm_h: as if none were a thumbnail).
     """
-    trained = [getattr(train, module) == "full" for module in MODULES]
-    tower_passes = _passes(trained[0], upstream=False)
-    projector_passes = _passes(trained[1], upstream=trained[0])
-    decoder_passes = _passes(trained[2], upstream=trained[0] or trained[1])
+    trained = {module: getattr(train, module) == "full" for module in modules_of(model)}
+    tower_passes = _passes(trained["vision"], upstream=False)
+    projector_passes = _passes(trained["projector"], upstream=trained["vision"])
+    images = trained["vision"] or trained["projector"]
+    crossing = trained.get("cross_attention", False)
+    decoder_passes = _passes(trained["language_model"], upstream=images or crossing)
 
     tower = vision_forward_flops(model.vision)
-    shuffled, lm = 4 * model.vision.hidden_size, model.language_model
-    weights = shuffled * lm.intermediate_size + lm.intermediate_size * lm.hidden_size
-    projector = 2.0 * weights * image_tokens_per_tile(model.vision)
+    lm, image_tokens = model.language_model, image_tokens_per_tile(model.vision)
+    projector = 2.0 * projector_weights(model) * image_tokens
 
     kv = lm.num_key_value_heads * (lm.hidden_size // lm.num_attention_heads)
     layer = 2 * lm.hidden_size**2 + 2 * lm.hidden_size * kv + 3 * lm.hidden_size * lm.intermediate_size
@@ -117,8 +150,24 @@ def count_flops(model: Model, train: Train, sample_tokens: int, recompute: bool)
     # attention itself has no weights: its backward is two products for each one of the forward, whatever is frozen
     per_token = body * decoder_passes + attention * (3 if decoder_passes > 1 else 1) + head * decoder_passes
     per_tile = tower * tower_passes + projector * projector_passes
-    again = body + attention if recompute and decoder_passes > 1 else 0.0
-    return Flops(sample_tokens, tower, per_token, per_tile, per_token + again, per_tile)
+    again, again_per_tile = body + attention, 0.0
+    if model.architecture != "nvlm_d":
+        layers = len(model.cross_attention_layers)
+        of_token, of_row = (2.0 * layers * weights for weights in cross_attention_weights(model))
+        reading = 4.0 * layers * image_tokens * sample_tokens * lm.hidden_size  # QK' and PV of a tile
+        per_token += of_token * _passes(crossing, upstream=images or trained["language_model"])
+        per_tile += of_row * image_tokens * _passes(crossing, upstream=images)
+        per_tile += reading * (3 if decoder_passes > 1 else 1)
+        again, again_per_tile = again + of_token, of_row * image_tokens + reading
+    recomputed = recompute and decoder_passes > 1
+    return Flops(
+        sample_tokens,
+        tower,
+        per_token,
+        per_tile,
+        per_token + again * recomputed,
+        per_tile + again_per_tile * recomputed,
+    )
 
 
 def _passes(trained: bool, upstream: bool) -> int:

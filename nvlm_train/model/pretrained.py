@@ -520,11 +520,11 @@ def _language_model_checks(config: dict[str, Any], lm: schema.LanguageModel) -> 
 
 
 def expected_shapes(config: schema.Model, *, with_vision: bool = True) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all parameters of `NvlmD(config)`, which is not built; a tied head has no own name."""
-    from nvlm_train.model.nvlm import NvlmD
+    """Names and shapes of all parameters of the recipe's model, which is not built; a tied head has no own name."""
+    from nvlm_train.model.nvlm import class_of
 
     with torch.device("meta"):
-        model = NvlmD(config, with_vision=with_vision)
+        model = class_of(config)(config, with_vision=with_vision)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -542,7 +542,9 @@ class Account:
 
 
 def account(
-    expected: Mapping[str, Sequence[int]], weights: Weights, may_be_new: Sequence[str] = ("projector.",)
+    expected: Mapping[str, Sequence[int]],
+    weights: Weights,
+    may_be_new: Sequence[str] = ("projector.", "cross_attention."),
 ) -> Account:
     """Compares what the model needs with what the weights bring.
 
@@ -578,19 +580,23 @@ def account(
 def initial_value(name: str, shape: Sequence[int], seed: int, config: schema.Model) -> Tensor:
     """The value a new parameter starts from: a function of seed and name alone, whatever rank or order asks.
 
-    Norm weights 1, biases 0, LayerScale 0.1, the projector's weights normal with the recipe's initializer_std, all
-    other weights normal with 0.02 (transformers' and InternViT's default). Returns fp32[shape] on the CPU.
+    Norm weights 1, biases 0, LayerScale 0.1, gates as the recipe says, the weights of projector and cross-attention
+    normal with the recipe's initializer_std of each, all other weights normal with 0.02 (transformers' and InternViT's
+    default). Returns fp32[shape] on the CPU.
     """
     owner, _, leaf = name.rpartition(".")
     if leaf == "bias":
         return torch.zeros(*shape)
     if leaf in ("ls1", "ls2"):
         return torch.full(tuple(shape), 0.1)
+    if leaf in ("attn_gate", "mlp_gate"):
+        return torch.full(tuple(shape), float(config.cross_attention.gate_init))
     if leaf == "weight" and "norm" in owner.rpartition(".")[2]:
         return torch.ones(*shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    std = config.projector.initializer_std if name.startswith("projector.") else 0.02
+    stds = {"projector": config.projector.initializer_std, "cross_attention": config.cross_attention.initializer_std}
+    std = stds.get(name.split(".", 1)[0], 0.02)
     return torch.empty(*shape).normal_(0.0, std, generator=generator)
 
 

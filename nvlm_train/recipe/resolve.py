@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from nvlm_train.engine.deepspeed_config import deepspeed_config
 from nvlm_train.engine.memory import predict_memory
 from nvlm_train.errors import RecipeError
-from nvlm_train.model.flops import MODULES, Flops, count_flops, count_parameters
+from nvlm_train.model.flops import Flops, count_flops, count_parameters
 from nvlm_train.recipe.load import find_key, flatten
 from nvlm_train.recipe.schema import HUB_PREFIX, REQUIRED, RUN_LENGTHS, Recipe, Section, all_keys
 from nvlm_train.recipe.yaml import describe
@@ -87,7 +87,7 @@ def resolve(recipe: Recipe, world_size: int, num_steps: int | None = None) -> Re
     batch = batch_arithmetic(recipe, world_size)
     num_steps = num_steps if num_steps is not None else known_steps(recipe)
     counts = count_parameters(recipe.model)
-    trained = [module for module in MODULES if getattr(recipe.train, module) == "full"]
+    trained = [module for module in counts if getattr(recipe.train, module) == "full"]
     return Resolved(
         recipe=recipe,
         world_size=world_size,
@@ -99,7 +99,7 @@ def resolve(recipe: Recipe, world_size: int, num_steps: int | None = None) -> Re
         batch=batch,
         parameters={
             "total": counts,
-            "trainable": {module: counts[module] if module in trained else 0 for module in MODULES},
+            "trainable": {module: counts[module] if module in trained else 0 for module in counts},
         },
         flops=count_flops(
             recipe.model, recipe.train, recipe.data.max_tokens_per_sample, recipe.activation_checkpointing == "full"

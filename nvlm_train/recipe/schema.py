@@ -157,8 +157,12 @@ class Vision(Section):
 
 
 class Projector(Section):
-    """LayerNorm, Linear, GELU, Linear from the shuffled patches (4 x vision width) to the decoder's width."""
+    """From the shuffled patches (4 x vision width) to the decoder's width: LayerNorm, Linear, GELU, Linear; in nvlm_x
+    LayerNorm, Linear."""
 
+    norm: Literal["layer_norm", "none"] = key(
+        "layer_norm", doc="The projector's first step; the published nvlm_d has layer_norm."
+    )
     layer_norm_eps: Number = key(1e-5, doc="Epsilon of the input LayerNorm; the published code has 1e-5.", gt=0)
     initializer_std: Number = key(
         0.014, doc="Standard deviation of a new projector's weights; 0.014 in the released scripts.", gt=0
@@ -221,10 +225,48 @@ class LanguageModel(Section):
         return self
 
 
+class CrossAttention(Section):
+    """Gated cross-attention of nvlm_x and nvlm_h. The paper is silent on what is inside: each default is our choice."""
+
+    every_layers: int | None = key(
+        None,
+        doc="One cross-attention layer for so many decoder layers, at the last of them; default: a tenth of the "
+        "decoder's, so that there are about ten (8 of 80 and 6 of 60, as in the paper).",
+        gt=0,
+    )
+    place: Literal["before", "between", "after"] = key(
+        "between",
+        doc="Where in its decoder layer: before it, between self-attention and feed-forward, or after it.",
+    )
+    num_attention_heads: int | None = key(None, doc="Query heads; default: the decoder's.", gt=0)
+    num_key_value_heads: int | None = key(None, doc="Key/value heads; default: the decoder's.", gt=0)
+    gate: Literal["tanh", "none"] = key(
+        "tanh", doc="What a layer adds is multiplied by tanh of one learned number, or added as it is."
+    )
+    gate_init: Number = key(0.0, doc="Where the gates start; 0: the decoder's output is the plain decoder's at first.")
+    feed_forward: bool = key(False, doc="Whether each layer has a gated feed-forward part of its own.")
+    memory_norm: Literal["rms_norm", "none"] = key(
+        "rms_norm", doc="Norm of what keys and values are made of, in each layer."
+    )
+    text_reads: Literal["preceding_images", "last_image", "tags_only"] = key(
+        "preceding_images",
+        doc="Which tiles ordinary text sees: those of all images before it in its sample, of the last of them, or none "
+        "(nvlm_x: only a tile's tag sees it). A tag sees its own tile in any case.",
+    )
+    thumbnail_reads_tiles: bool = key(
+        True, doc="nvlm_h: whether a thumbnail's own tokens see the tiles of its image; the text after it does."
+    )
+    initializer_std: Number = key(0.02, doc="Standard deviation of new weights.", gt=0)
+
+
 class Model(Section):
     """The architecture and its sizes. Weights come from `init_from`."""
 
-    architecture: Literal["nvlm_d"] = key("nvlm_d", doc="nvlm_d: all image tokens enter the decoder's sequence.")
+    architecture: Literal["nvlm_d", "nvlm_x", "nvlm_h"] = key(
+        "nvlm_d",
+        doc="nvlm_d: all image tokens enter the decoder's sequence. nvlm_x: none does, cross-attention layers read "
+        "them. nvlm_h: those of thumbnails do, cross-attention reads the other tiles.",
+    )
     vision: Annotated[Vision, _fill_from_preset(VISION_PRESETS)] = key(
         doc="Vision tower: a preset's name or its sizes."
     )
@@ -232,6 +274,77 @@ class Model(Section):
     language_model: Annotated[LanguageModel, _fill_from_preset(LANGUAGE_MODEL_PRESETS)] = key(
         doc="Decoder: a preset's name or its sizes."
     )
+    cross_attention: CrossAttention = key(CrossAttention(), doc="Cross-attention layers of nvlm_x and nvlm_h.")
+
+    @property
+    def cross_attention_layers(self) -> tuple[int, ...]:
+        """Numbers, from 0, of the decoder layers that have cross-attention; 7, 15, ... 79 for every 8th of 80."""
+        layers = self.language_model.num_hidden_layers
+        every = self.cross_attention.every_layers or max(1, round(layers / 10))
+        return () if self.architecture == "nvlm_d" else tuple(range(every - 1, layers, every))
+
+    @property
+    def cross_attention_heads(self) -> tuple[int, int]:
+        """Query heads and key/value heads of cross-attention."""
+        own, lm = self.cross_attention, self.language_model
+        return own.num_attention_heads or lm.num_attention_heads, own.num_key_value_heads or lm.num_key_value_heads
+
+    @model_validator(mode="after")
+    def _cross_attention_fits(self) -> Model:
+        own, lm, problems = self.cross_attention, self.language_model, []
+        default = CrossAttention()
+        if self.architecture == "nvlm_d":
+            changed = [name for name in CrossAttention.model_fields if getattr(own, name) != getattr(default, name)]
+            problems += [
+                (f"cross_attention.{name}", "has no effect in nvlm_d, which has no cross-attention; remove it")
+                for name in changed
+            ]
+        else:
+            heads, groups = self.cross_attention_heads
+            if (own.every_layers or 1) > lm.num_hidden_layers:
+                problems.append(
+                    (
+                        "cross_attention.every_layers",
+                        f"is more than the {lm.num_hidden_layers} layers of the decoder, so there would be no "
+                        f"cross-attention; use at most {lm.num_hidden_layers}",
+                    )
+                )
+            if lm.hidden_size % heads:
+                problems.append(
+                    (
+                        "cross_attention.num_attention_heads",
+                        f"does not divide the decoder's hidden_size {lm.hidden_size}; use one of "
+                        + ", ".join(str(n) for n in range(1, lm.num_attention_heads + 1) if lm.hidden_size % n == 0),
+                    )
+                )
+            if heads % groups:
+                problems.append(
+                    (
+                        "cross_attention.num_key_value_heads",
+                        f"{groups} does not divide the {heads} query heads; use one of "
+                        + ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0),
+                    )
+                )
+            if own.gate == "none" and own.gate_init != 0:
+                problems.append(("cross_attention.gate_init", "has no effect, because gate is none; remove it"))
+            if self.architecture == "nvlm_h" and own.text_reads == "tags_only":
+                problems.append(
+                    (
+                        "cross_attention.text_reads",
+                        "leaves nothing that reads in nvlm_h, whose tags are not in the sequence; use preceding_images "
+                        "or last_image",
+                    )
+                )
+            if self.architecture == "nvlm_x" and not own.thumbnail_reads_tiles:
+                problems.append(
+                    (
+                        "cross_attention.thumbnail_reads_tiles",
+                        "has no effect in nvlm_x, which has no thumbnail in its sequence; remove it",
+                    )
+                )
+        if problems:
+            raise Misfit(problems)
+        return self
 
 
 HUB_PREFIX = "hf://"
@@ -589,21 +702,8 @@ class Train(Section):
 
     vision: Mode = key("frozen", doc="The vision tower; frozen in every stage of the paper.")
     projector: Mode = key("full", doc="The projector.")
+    cross_attention: Mode = key("full", doc="The cross-attention layers of nvlm_x and nvlm_h.")
     language_model: Mode = key("full", doc="The decoder; frozen in the paper's pretraining.")
-
-    @model_validator(mode="after")
-    def _something_is_trained(self) -> Train:
-        if "full" not in (self.vision, self.projector, self.language_model):
-            raise Misfit(
-                [
-                    (
-                        "",
-                        "freezes every module, so nothing would be trained; set one of vision, projector, "
-                        "language_model to full",
-                    )
-                ]
-            )
-        return self
 
 
 class GlobalBatch(Section):
@@ -645,6 +745,7 @@ class ModuleLr(Section):
 
     vision: Number | None = key(None, doc="The vision tower's.", gt=0)
     projector: Number | None = key(None, doc="The projector's.", gt=0)
+    cross_attention: Number | None = key(None, doc="The cross-attention layers'.", gt=0)
     language_model: Number | None = key(None, doc="The decoder's.", gt=0)
 
 
@@ -882,6 +983,7 @@ class Recipe(Section):
                     f"is more than model.language_model.max_position_embeddings {longest}; use at most {longest}",
                 )
             )
+        problems += self._modules_misfits()
         if self.zero.stage == 0 and self.precision == "bf16":
             problems.append(
                 ("zero.stage", "has no fp32 masters for bf16 weights in DeepSpeed; use zero.stage=1 or precision=fp32")
@@ -932,6 +1034,41 @@ class Recipe(Section):
         if problems:
             raise Misfit(problems)
         return self
+
+    def _modules_misfits(self) -> list[tuple[str, str]]:
+        """What of the architecture does not fit the data or the trained modules."""
+        problems = []
+        architecture, tiling, cross = self.model.architecture, self.data.tiling, self.model.cross_attention
+        names = [name for name in Train.model_fields if name != "cross_attention" or architecture != "nvlm_d"]
+        if all(getattr(self.train, name) == "frozen" for name in names):
+            problems.append(
+                ("train", f"freezes every module, so nothing would be trained; set one of {', '.join(names)} to full")
+            )
+        if architecture == "nvlm_d":
+            for name, given in (
+                ("train.cross_attention", self.train.cross_attention != "full"),
+                ("optimizer.module_lr.cross_attention", self.optimizer.module_lr.cross_attention is not None),
+            ):
+                if given:
+                    problems.append((name, "has no effect in nvlm_d, which has no cross-attention; remove it"))
+            return problems
+        if self.data.pack_tiles is None:
+            problems.append(
+                (
+                    "data.pack_tiles",
+                    f"is not given, but tiles are not in the token count of {architecture}, so nothing else bounds "
+                    "them; give the tiles that one pack may hold",
+                )
+            )
+        if architecture == "nvlm_h" and tiling.max_tiles > 1 and not tiling.thumbnail:
+            problems.append(
+                ("data.tiling.thumbnail", "must be true in nvlm_h, whose sequence holds thumbnails; or max_tiles: 1")
+            )
+        if cross.text_reads == "tags_only" and tiling.tags == "none":
+            problems.append(
+                ("data.tiling.tags", "is none, but only tags read (model.cross_attention.text_reads); use one_d")
+            )
+        return problems
 
 
 # ------------------------------------------------------------------------------------- what can be asked of the schema

@@ -101,8 +101,8 @@ def explain(resolved: Resolved) -> list[str]:
     lines += ["", f"parameters    {'total':>16}  {'trained':>16}  peak lr"]
     for module in total:
         lr = f"{resolved.module_lr[module]:g}" if module in resolved.module_lr else "frozen"
-        lines.append(f"  {module:<12}{total[module]:>16,}  {trained[module]:>16,}  {lr}")
-    lines.append(f"  {'all':<12}{sum(total.values()):>16,}  {sum(trained.values()):>16,}")
+        lines.append(f"  {module:<15}{total[module]:>16,}  {trained[module]:>16,}  {lr}")
+    lines.append(f"  {'all':<15}{sum(total.values()):>16,}  {sum(trained.values()):>16,}")
     lines += [
         "",
         f"batch on {batch.world_size} rank{'s' * (batch.world_size > 1)}",
@@ -169,6 +169,9 @@ def _most_tiles(resolved: Resolved) -> int:
     tiling, vision = recipe.data.tiling, recipe.model.vision
     per_tile = (vision.image_size // vision.patch_size) ** 2 // 4
     tiles = tiling.max_tiles + (1 if tiling.thumbnail and tiling.max_tiles > 1 else 0)
+    if recipe.model.architecture != "nvlm_d":  # tiles are not among the tokens
+        most = resolved.batch.max_packs * (recipe.data.pack_tiles or 0)
+        return most if resolved.batch.samples is None else min(resolved.batch.samples * tiles, most)
     if resolved.batch.samples is None:
         packs = resolved.batch.max_packs
         return packs * min(recipe.data.pack_tiles or recipe.data.pack_tokens, recipe.data.pack_tokens // per_tile)

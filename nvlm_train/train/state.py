@@ -21,7 +21,7 @@ from nvlm_train.engine import engine as zero
 from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
 from nvlm_train.hub import local_folder
-from nvlm_train.model.nvlm import NvlmD
+from nvlm_train.model.nvlm import class_of
 from nvlm_train.model.pretrained import Weights, fill, part_of
 from nvlm_train.model.vision import InternVit
 from nvlm_train.recipe.resolve import Resolved, check_resume, recipe_to_dict
@@ -245,7 +245,7 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     if recipe.train.vision == "frozen":
         tower = _frozen_tower(recipe, weights, dtype, world.device)
     with zero.partitioned_at_birth(resolved.deepspeed, dtype):
-        model = NvlmD(
+        model = class_of(recipe.model)(
             recipe.model,
             with_vision=tower is None,
             activation_checkpointing=recipe.activation_checkpointing,

@@ -87,11 +87,13 @@ def account_for_weights(recipe: Recipe, weights: Weights) -> Account:
 
     A module may be new as a whole, but not where it is frozen: it would stay as random as it began.
     """
-    found = account(expected_shapes(recipe.model), weights, ("projector.", "vision_model.", "language_model."))
+    found = account(
+        expected_shapes(recipe.model), weights, ("projector.", "cross_attention.", "vision_model.", "language_model.")
+    )
     new = {module_of(name) for name in found.initialised}
     for module in sorted(new):
         if getattr(recipe.train, module) == "frozen":
-            key = "run" if module == "projector" else module
+            key = "run" if module in ("projector", "cross_attention") else module
             raise CheckpointError(
                 f"train.{module} is 'frozen', but nothing gives it weights, so it would stay random; name them in "
                 f"init_from.{key}, or train it"
