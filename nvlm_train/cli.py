@@ -267,6 +267,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder, where the recipe's has moved")
     parser.add_argument("--max-shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
+    parser.add_argument(
+        "--layout",
+        choices=("published", "unpadded"),
+        help="published: 7 dummy heads behind the tower's real ones, as vLLM wants them (default of NVLM-D); unpadded: "
+        "none (NVLM-X and NVLM-H have no other)",
+    )
     _json_flag(parser)
 
 

@@ -291,14 +291,8 @@ def test_export_command_verifies_and_reports(
         hf.export_command(args)
 
 
-def test_what_the_exported_code_does_not_know_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
-    recipe = make_recipe(
-        tokenizer_folder,
-        **{"model.language_model.model_type": "llama", "model.vision.norm_type": "layer_norm"},
-        **{"tokenizer.template": "nvlm_yi"},
-    )
-    with pytest.raises(CheckpointError) as caught:
+def test_a_yi_template_without_yis_tokenizer_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    recipe = make_recipe(tokenizer_folder, **{"tokenizer.template": "nvlm_yi"})
+    with pytest.raises(CheckpointError, match=r"has no <\|startoftext\|>, which tokenizer.template nvlm_yi"):
         hf.export(random_weights(recipe), recipe, tmp_path / "out")
-    for part in ("language_model.model_type 'llama'", "norm_type 'layer_norm'", "template 'nvlm_yi'"):
-        assert part in str(caught.value)
     assert not (tmp_path / "out").exists()

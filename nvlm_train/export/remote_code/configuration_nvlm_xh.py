@@ -39,3 +39,6 @@ class NVLM_H_Config(NVLM_X_Config):
     """Thumbnails are in the decoder's sequence; cross-attention layers read the other tiles, a tag before each."""
 
     model_type = "NVLM_H"
+
+    def __init__(self, **kwargs: Any) -> None:  # transformers 5 writes another one for a class without
+        super().__init__(**kwargs)

@@ -158,7 +158,9 @@ class NVLM_Processor:
         memory. NVLM-H also: memory_tiles i64[N], which of the batch's tiles are in the memory; memory_tags i64[N, L],
         the tokens of the tag before each, filled with -1.
         """
-        reads, in_memory, tags = [], [], []
+        reads: list[list[int]] = []
+        in_memory: list[int] = []
+        tags: list[list[int]] = []
         before = 0
         for row, tiles in enumerate(tiles_of_row):
             places = np.cumsum([len(in_memory), *(tile.in_memory for tile in tiles)]).tolist()
@@ -189,7 +191,9 @@ class NVLM_Processor:
         # a thumbnail's own tokens, the last of its image, may read its other tiles
         early = self.settings["image_tokens_per_tile"] * bool(self.settings.get("thumbnail_reads_tiles"))
         text_from = [tiles[numbers[0]].behind - early for numbers in images]
-        until = [min(tiles[numbers[0]].own[0], text_from[i]) for i, numbers in enumerate(images)][1:] + [endless]
+        firsts = [tiles[numbers[0]].own for numbers in images]
+        begins = [own[0] if own[0] < own[1] else text for own, text in zip(firsts, text_from)]  # noqa: B905
+        until = [*begins[1:], endless]  # where the next image's own tokens begin
         for i, numbers in enumerate(images):
             found += [(*tiles[k].own, k, k + 1) for k in numbers if tiles[k].own[0] < tiles[k].own[1]]
             first = 0 if self.settings["text_reads"] == "preceding_images" else numbers[0]
