@@ -29,7 +29,7 @@ IMAGE_TOKENS = 4  # (8 / 2 / 2)^2 per tile
 def model_config(architecture: str = "nvlm_d", **language_model: object) -> schema.Model:
     values = {"vision": VISION, "language_model": {**LANGUAGE_MODEL, **language_model}, "architecture": architecture}
     if architecture != "nvlm_d":  # everything that a layer can have
-        values["cross_attention"] = {"feed_forward": True, "every_layers": 2, "num_key_value_heads": 1}
+        values["cross_attention"] = {"feed_forward": True, "every_layers": 1, "num_key_value_heads": 1}
     return schema.Model.model_validate(values)
 
 

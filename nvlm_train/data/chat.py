@@ -89,7 +89,7 @@ class TileReads(NamedTuple):
     """Which tokens of a sample read one of its tiles by cross-attention.
 
     image: of the sample's images in order of appearance. in_memory: False for a tile that is in the sequence instead.
-    own: [begin, end) of the tokens that read this tile and nothing else, its tag; empty where there are none.
+    own: [begin, end) of the tokens that read this tile and nothing else, its tag; (0, 0) where there are none.
     behind: where its image ends: ordinary text from here on may read it. tag_ids: what stands before it in the memory.
     """
 
@@ -177,10 +177,7 @@ def lay_out(
             in_memory = {"nvlm_d": 0, "nvlm_x": len(tags), "nvlm_h": len(tags) - 1}[architecture]
             for number, tag in enumerate(tags):
                 if number < in_memory and architecture == "nvlm_h":
-                    if text:
-                        runs.append(Run(text, -1, 0, False, False))
-                        text = ""
-                    runs.append(Run(None, -1, 0, False, True, image, tag))
+                    runs.append(Run(None, -1, 0, False, True, image, tag))  # no token: the text goes on
                     continue
                 if tag and tags_apart and text:
                     runs.append(Run(text, -1, 0, False, False))
@@ -235,7 +232,7 @@ def join(runs: Sequence[Run], encode: Callable[[str], Sequence[int]]) -> Rendere
             TileReads(
                 run.image,
                 run.memory_tag is not None,
-                (begin, end) if run.text else (begin, begin),
+                (begin, end) if run.text else (0, 0),
                 behind[run.image],
                 tuple(encode(run.memory_tag)) if run.memory_tag else (),
             )

@@ -317,11 +317,18 @@ class Model(Section):
                         + ", ".join(str(n) for n in range(1, lm.num_attention_heads + 1) if lm.hidden_size % n == 0),
                     )
                 )
-            if heads % groups:
+            elif heads % groups and own.num_key_value_heads is None:
+                problems.append(
+                    (
+                        "cross_attention.num_attention_heads",
+                        f"is not a multiple of the decoder's {groups} key/value heads; give num_key_value_heads too",
+                    )
+                )
+            elif heads % groups:
                 problems.append(
                     (
                         "cross_attention.num_key_value_heads",
-                        f"{groups} does not divide the {heads} query heads; use one of "
+                        f"does not divide the {heads} query heads; use one of "
                         + ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0),
                     )
                 )

@@ -174,10 +174,12 @@ def test_cross_attention_equals_plain_pytorch(
     found = run_distributed(
         2, JOB, steps=_steps(7), stage=3, checkpointing=checkpointing, gradients_of=(0, 1, 2, 3), **options
     )[0]
+    print("worst", max(abs(a - b) for a, b in zip(found["losses"], expected["losses"], strict=True)))
+    print("gradients", gradient_error(found["gradients"][0], expected["gradients"][0]))
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=0, atol=1e-5)
     assert gradient_error(found["gradients"][0], expected["gradients"][0]) <= 1
     crossing = {n: g for n, g in found["gradients"][0].items() if n.startswith("cross_attention.")}
-    assert any(g.any() for g in crossing.values()) and len(crossing) == 2 * 13
+    assert any(g.any() for g in crossing.values()) and len(crossing) == 3 * 12
     assert all(bool(g.any()) == (gate != 0 or n.endswith("_gate")) for n, g in crossing.items())
     for name, gradient in found["gradients"][1].items():  # an all-text step directly after one with images
         if not name.startswith("language_model."):
