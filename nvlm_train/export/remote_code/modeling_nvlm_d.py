@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_nvlm_d import NVLM_D_Config, NVLM_D_VisionConfig
@@ -188,8 +188,11 @@ def to_the_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tens
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
-class NVLM_D_Model(PreTrainedModel):
-    """The decoder-only NVLM: projected image tokens take the places of the image token in the prompt."""
+class NVLM_D_Model(PreTrainedModel, GenerationMixin):
+    """The decoder-only NVLM: projected image tokens take the places of the image token in the prompt.
+
+    The decoder generates; of GenerationMixin only what reads and saves generation_config.json is used.
+    """
 
     config_class = NVLM_D_Config
     base_model_prefix = "model"
@@ -236,11 +239,6 @@ class NVLM_D_Model(PreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        """The decoder generates; saying so makes transformers read and save generation_config.json."""
-        return True
 
     def extract_feature(self, pixel_values: Tensor) -> Tensor:
         """Normalised tiles [T, 3, px, px] to image tokens [T, Q, D]."""
