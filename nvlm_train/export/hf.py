@@ -94,7 +94,7 @@ def export(
     tokens = special_token_ids(tokenizer_folder, model.language_model.vocab_size)
     if recipe["tokenizer"]["template"] == "nvlm_yi" and "bos" not in tokens:
         raise CheckpointError(
-            f"the tokenizer in {tokenizer_folder} has no {BOS}, which tokenizer.template nvlm_yi puts before every sample"
+            f"the tokenizer in {tokenizer_folder} has no {BOS}, which tokenizer.template nvlm_yi begins every sample with"
         )
     readme = card.model_card(recipe, step=step, recipe_hash=recipe_hash, dtype=dtype, earlier_run=earlier_run)
     shards = plan_shards(model, dtype, parse_size(max_shard_size), num_dummy_heads)
