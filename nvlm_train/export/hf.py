@@ -116,6 +116,8 @@ def _check_layout(model: Model, template: str) -> None:
     """CheckpointError for models and templates that the exported code does not know yet."""
     vision = model.vision
     wanted = [
+        ("model.architecture", model.architecture, "nvlm_d"),
+        ("model.projector.norm", model.projector.norm, "layer_norm"),
         ("model.language_model.model_type", model.language_model.model_type, "qwen2"),
         ("model.vision.norm_type", vision.norm_type, "rms_norm"),
         ("model.vision.qk_normalization", vision.qk_normalization, True),
