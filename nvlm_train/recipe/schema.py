@@ -480,6 +480,11 @@ class Tiling(Section):
         resume="ask",
     )
 
+    @property
+    def tiles_of_image(self) -> int:
+        """The most tiles that one image can have, its thumbnail counted."""
+        return self.max_tiles + (1 if self.thumbnail and self.max_tiles > 1 else 0)
+
 
 class Columns(Section):
     """What a source calls its fields, where it is not what we call them. In tars: a member's extension, or a place in
@@ -670,7 +675,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _image_fits_pack(self) -> Data:
-        tiles = self.tiling.max_tiles + (1 if self.tiling.thumbnail and self.tiling.max_tiles > 1 else 0)
+        tiles = self.tiling.tiles_of_image
         if self.pack_tiles is not None and self.pack_tiles < tiles:
             raise Misfit(
                 [

@@ -103,6 +103,12 @@ def explain(resolved: Resolved) -> list[str]:
         lr = f"{resolved.module_lr[module]:g}" if module in resolved.module_lr else "frozen"
         lines.append(f"  {module:<15}{total[module]:>16,}  {trained[module]:>16,}  {lr}")
     lines.append(f"  {'all':<15}{sum(total.values()):>16,}  {sum(trained.values()):>16,}")
+    places = recipe.model.cross_attention_layers
+    if places:
+        lines.append(
+            f"  cross-attention at {len(places)} of {recipe.model.language_model.num_hidden_layers} decoder layers, "
+            "counted from 1: " + ", ".join(str(place + 1) for place in places)
+        )
     lines += [
         "",
         f"batch on {batch.world_size} rank{'s' * (batch.world_size > 1)}",
@@ -168,7 +174,7 @@ def _most_tiles(resolved: Resolved) -> int:
     recipe = resolved.recipe
     tiling, vision = recipe.data.tiling, recipe.model.vision
     per_tile = (vision.image_size // vision.patch_size) ** 2 // 4
-    tiles = tiling.max_tiles + (1 if tiling.thumbnail and tiling.max_tiles > 1 else 0)
+    tiles = tiling.tiles_of_image
     if recipe.model.architecture != "nvlm_d":  # tiles are not among the tokens
         most = resolved.batch.max_packs * (recipe.data.pack_tiles or 0)
         return most if resolved.batch.samples is None else min(resolved.batch.samples * tiles, most)

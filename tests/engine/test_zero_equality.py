@@ -154,14 +154,15 @@ def test_every_training_mode_equals_plain_pytorch(
             assert not gradient.any(), name
 
 
-@pytest.mark.parametrize("architecture", ["nvlm_x", "nvlm_h"])
 @pytest.mark.parametrize(
-    ("vision", "language_model", "checkpointing", "gate"),
+    ("architecture", "vision", "language_model", "checkpointing", "gate"),
     [
-        ("frozen", "full", "none", 0.0),  # gates at their start
-        ("frozen", "full", "none", 0.5),
-        ("frozen", "frozen", "full", 0.5),  # pretraining, as in the paper
-        ("full", "full", "full", 0.5),
+        ("nvlm_x", "frozen", "full", "none", 0.0),  # gates at their start
+        ("nvlm_h", "frozen", "full", "none", 0.0),
+        ("nvlm_x", "frozen", "frozen", "full", 0.5),  # pretraining, as in the paper
+        ("nvlm_h", "frozen", "frozen", "none", 0.5),
+        ("nvlm_x", "frozen", "full", "none", 0.5),
+        ("nvlm_h", "full", "full", "full", 0.5),
     ],
 )
 def test_cross_attention_equals_plain_pytorch(
@@ -170,16 +171,16 @@ def test_cross_attention_equals_plain_pytorch(
     """Images on both ranks, on one and nowhere: cross-attention makes the same calls and leaves no old gradient."""
     train = {"vision": vision, "projector": "full", "language_model": language_model}
     options: dict[str, Any] = {"architecture": architecture, "gate": gate, "train": train, "clip": 0.0}
-    expected = _reference(_steps(7), world_size=2, **options)
+    expected = _reference(_steps(4), world_size=2, **options)
     found = run_distributed(
-        2, JOB, steps=_steps(7), stage=3, checkpointing=checkpointing, gradients_of=(0, 1, 2, 3), **options
+        2, JOB, steps=_steps(4), stage=3, checkpointing=checkpointing, gradients_of=(0, 1), **options
     )[0]
-    print("worst", max(abs(a - b) for a, b in zip(found["losses"], expected["losses"], strict=True)))
-    print("gradients", gradient_error(found["gradients"][0], expected["gradients"][0]))
+    # Worst cases measured over all combinations of the two columns: losses 5.7e-7 after 7 steps, gradients 0.048 of
+    # the bound
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=0, atol=1e-5)
     assert gradient_error(found["gradients"][0], expected["gradients"][0]) <= 1
     crossing = {n: g for n, g in found["gradients"][0].items() if n.startswith("cross_attention.")}
-    assert any(g.any() for g in crossing.values()) and len(crossing) == 3 * 12
+    assert len(crossing) == 3 * 12
     assert all(bool(g.any()) == (gate != 0 or n.endswith("_gate")) for n, g in crossing.items())
     for name, gradient in found["gradients"][1].items():  # an all-text step directly after one with images
         if not name.startswith("language_model."):
@@ -206,6 +207,8 @@ def test_cross_attention_on_two_ranks_and_packed_equals_one_rank_unpacked(archit
     alone = run_distributed(1, "engine/zero_jobs.py:same_samples", packs=5, **options)[0]
     for ranks, packs in ((1, 1), (2, 3)):
         found = run_distributed(ranks, "engine/zero_jobs.py:same_samples", packs=packs, **options)[0]
+        print(max(abs(a - b) for a, b in zip(found["losses"], alone["losses"], strict=True)))
+        print(gradient_error(found["gradients"], alone["gradients"]))
         torch.testing.assert_close(found["losses"], alone["losses"], rtol=0, atol=3e-6)
         assert gradient_error(found["gradients"], alone["gradients"]) <= 1
 

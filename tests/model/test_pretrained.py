@@ -283,6 +283,27 @@ def test_folders_of_the_other_backbones(tmp_path: Path) -> None:
     assert "norm_type is 'layer_norm', but the recipe's" in vision_error(vision)
 
 
+def test_cross_attention_starts_as_the_recipe_says() -> None:
+    config = make_config(
+        architecture="nvlm_x", cross_attention={"gate_init": 0.25, "feed_forward": True, "initializer_std": 0.05}
+    )
+    shapes = expected_shapes(config)
+    lm = {name: torch.zeros(shape) for name, shape in shapes.items() if not name.startswith(("projector.", "cross_"))}
+    found = account(shapes, Some(lm))
+    assert found.initialised == sorted(name for name in shapes if name.startswith(("projector.", "cross_attention.")))
+    assert len([name for name in found.initialised if name.startswith("cross_attention.layers.2.")]) == 12
+    for name in found.initialised:
+        value = initial_value(name, shapes[name], 0, config)
+        if name.endswith("_gate"):
+            assert shapes[name] == (1,) and value.item() == 0.25
+        elif name.startswith("cross_attention.") and value.ndim == 2:
+            assert value.std() == pytest.approx(0.05, rel=0.1), name
+        elif "norm" in name and name.endswith("weight"):
+            assert (value == 1).all()
+    with pytest.raises(CheckpointError, match=r"cross_attention.layers.0.attn_gate"):  # as a whole or not at all
+        account(shapes, Some({**lm, "cross_attention.layers.1.attn_gate": torch.zeros(1)}))
+
+
 def test_rope_theta_is_read_from_all_three_places(lm_folder: Path) -> None:
     for changes in (
         {"rope_theta": 1000000},
