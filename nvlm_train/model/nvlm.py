@@ -7,7 +7,7 @@ NVLM-H   those of the thumbnail do, and cross-attention reads the other tiles
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from nvlm_train.recipe import schema
 class Nvlm(nn.Module):
     """What the three have in common; use one of them.
 
+    projector_type: its projector. reads_tiles: whether it has cross-attention layers.
+
     Every forward makes the same module calls in the same order, whatever the batch holds, so that ranks with and
     without images stay together under ZeRO-3: the projector runs exactly once, so does each cross-attention layer, a
     tower inside runs `batch.num_tile_chunks` times, and no trained weight is ever left without a gradient.
@@ -32,6 +34,9 @@ class Nvlm(nn.Module):
     activation_checkpointing: "full" recomputes each decoder layer in backward.
     tiles_per_chunk: tiles that go through the tower at once. kernels: "auto", or "torch" for plain PyTorch.
     """
+
+    projector_type: ClassVar[type[nn.Module]] = Projector
+    reads_tiles: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -47,8 +52,8 @@ class Nvlm(nn.Module):
         self.tiles_per_chunk = tiles_per_chunk
         if with_vision:
             self.vision_model = InternVit(config.vision)
-        self.projector = LinearProjector(config) if config.architecture == "nvlm_x" else Projector(config)
-        if config.architecture != "nvlm_d":
+        self.projector = self.projector_type(config)
+        if self.reads_tiles:
             self.cross_attention = CrossAttention(config, kernels)
         self.language_model = LanguageModel(
             config.language_model, activation_checkpointing=activation_checkpointing == "full", kernels=kernels
@@ -117,6 +122,9 @@ class NvlmD(Nvlm):
 class NvlmX(Nvlm):
     """No image token enters the sequence: cross-attention layers read them as `Batch.memory` says."""
 
+    projector_type = LinearProjector
+    reads_tiles = True
+
     def _decode(self, batch: Batch, image_tokens: Tensor) -> Tensor:
         embedded = self.language_model.model.embed_tokens(batch.input_ids)  # [B, S, D]
         return self._run_decoder(embedded, batch, image_tokens)  # [B, S, D]
@@ -124,6 +132,8 @@ class NvlmX(Nvlm):
 
 class NvlmH(Nvlm):
     """Image tokens of thumbnails enter the sequence; cross-attention layers read the other tiles, a tag before each."""
+
+    reads_tiles = True
 
     def _decode(self, batch: Batch, image_tokens: Tensor) -> Tensor:
         memory = _memory_of(batch)

@@ -405,7 +405,7 @@ class InitFrom(Section):
         resume="free",
     )
     vision: WeightsOrPath | None = key(None, doc="InternViT folder (config.json and safetensors).", resume="free")
-    language_model: WeightsOrPath | None = key(None, doc="Qwen2 folder (config.json and safetensors).", resume="free")
+    language_model: WeightsOrPath | None = key(None, doc="Qwen2 or Llama folder (config.json and safetensors).", resume="free")
     run: WeightsOrPath | None = key(
         None,
         doc="Run directory or RUN/step_N of ours: its trained modules replace those of the folders above.",

@@ -160,8 +160,8 @@ def test_every_training_mode_equals_plain_pytorch(
         ("nvlm_x", "frozen", "full", "none", 0.0),  # gates at their start
         ("nvlm_h", "frozen", "full", "none", 0.0),
         ("nvlm_x", "frozen", "frozen", "full", 0.5),  # pretraining, as in the paper
-        ("nvlm_h", "frozen", "frozen", "none", 0.5),
-        ("nvlm_x", "frozen", "full", "none", 0.5),
+        pytest.param("nvlm_h", "frozen", "frozen", "none", 0.5, marks=pytest.mark.slow),
+        pytest.param("nvlm_x", "frozen", "full", "none", 0.5, marks=pytest.mark.slow),
         ("nvlm_h", "full", "full", "full", 0.5),
     ],
 )
@@ -207,8 +207,7 @@ def test_cross_attention_on_two_ranks_and_packed_equals_one_rank_unpacked(archit
     alone = run_distributed(1, "engine/zero_jobs.py:same_samples", packs=5, **options)[0]
     for ranks, packs in ((1, 1), (2, 3)):
         found = run_distributed(ranks, "engine/zero_jobs.py:same_samples", packs=packs, **options)[0]
-        print(max(abs(a - b) for a, b in zip(found["losses"], alone["losses"], strict=True)))
-        print(gradient_error(found["gradients"], alone["gradients"]))
+        # Worst cases measured: losses 3.2e-7, gradients 0.038 of the bound
         torch.testing.assert_close(found["losses"], alone["losses"], rtol=0, atol=3e-6)
         assert gradient_error(found["gradients"], alone["gradients"]) <= 1
 

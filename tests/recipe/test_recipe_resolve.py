@@ -363,6 +363,21 @@ def test_predicted_states_by_hand(load):
     assert predict(load("train.vision=full"), 4)["tower_replicated"] == 0
 
 
+def test_predicted_activations_of_nvlm_x_by_hand(load):
+    x = ("model.architecture=nvlm_x", "data.pack_tiles=20")
+    # 512 tokens and 20 tiles of 4 image tokens; widths 48 and 16 (keys and values), tower 64, feed-forward 80; bf16
+    decoder = 512 * (6 * 48 + 2 * 16 + 4 * 80) * 2
+    crossing = (512 * 6 * 48 + 80 * (48 + 6 * 16)) * 2
+    projector = 80 * (8 * 64 + 48) * 2
+    memory = predict(load(*x), 1)
+    assert memory["activations"] == 3 * (decoder + crossing) + projector and memory["recomputed_layer"] == 0
+    memory = predict(load(*x, "activation_checkpointing=full"), 1)
+    assert memory["activations"] == 3 * 512 * 48 * 2 + projector
+    assert memory["recomputed_layer"] == decoder + crossing
+    wide = predict(load(*x, "model.cross_attention.feed_forward=true"), 1)
+    assert wide["activations"] == 3 * (decoder + crossing + 512 * (2 * 48 + 4 * 80) * 2) + projector
+
+
 def test_memory_of_the_full_size_is_that_of_the_table():
     # GiB per GPU from arithmetic made independently of this code (72B, fp32 gradients): 16, 64, 128 ranks
     recipe = load_recipe("recipes/nvlm_d_72b/2_sft.yaml").recipe
