@@ -7,9 +7,14 @@ differs from step to step).
 
 from __future__ import annotations
 
+import re
+from importlib import metadata
 from typing import Any
 
 from nvlm_train.recipe.schema import Recipe
+
+# The releases whose ZeRO options were tried one by one; pyproject.toml asks for the same range.
+SUPPORTED_FROM, SUPPORTED_BEFORE = (0, 19, 8), (0, 20)
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
@@ -25,6 +30,13 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             "stage3_gather_16bit_weights_on_model_save": False,  # our checkpoints hold the slices, nothing is gathered
             "memory_efficient_linear": True,  # otherwise every gathered weight stays alive until backward
         }
+        if zero.experimental.hpz_partition_size > 1:
+            stage["zero_hpz_partition_size"] = zero.experimental.hpz_partition_size
+    for name, device in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_param)):
+        if device != "none":
+            stage[name] = {"device": device}
+        if device == "nvme":
+            stage[name]["nvme_path"] = zero.experimental.nvme_path
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
         "gradient_accumulation_steps": 1,
@@ -33,6 +45,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},  # in bf16 ZeRO-3 would accumulate in bf16
         "zero_optimization": stage,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offloaded masters are stepped by our AdamW too: nothing is compiled
         "wall_clock_breakdown": False,
     }
     if recipe.precision == "bf16":

@@ -36,7 +36,7 @@ def predict_memory(recipe: Recipe, world_size: int, parameters: dict[str, int]) 
     stage, ranks = recipe.zero.stage, world_size
     number = 2 if recipe.precision == "bf16" else 4
     trained = {module: getattr(recipe.train, module) == "full" for module in parameters}
-    outside = 0 if trained["vision"] else parameters["vision"]
+    outside = parameters["vision"] if recipe.tower_is_replicated else 0
     inside = sum(parameters.values()) - outside
     trainable = sum(count for module, count in parameters.items() if trained[module])
 

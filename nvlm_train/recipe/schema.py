@@ -617,6 +617,22 @@ class Schedule(Section):
         return self
 
 
+class ZeroExperimental(Section):
+    """ZeRO options that we cannot vouch for. README, "ZeRO options", says what of them has ever run."""
+
+    hpz_partition_size: int = key(
+        1,
+        doc="hpZ: ranks (of one node) that hold a second copy of the weights together, so that backward gathers inside "
+        "the node; 1: off. The first step's loss is compared with hpZ off.",
+        ge=1,
+        resume="free",
+    )
+    nvme_path: str | None = key(
+        None, doc="Folder on a local NVMe disk for offload_optimizer: nvme and offload_param: nvme.", path=True,
+        resume="free",
+    )  # fmt: skip
+
+
 class Zero(Section):
     """DeepSpeed ZeRO. The DeepSpeed configuration follows from the recipe; `recipe show` prints it."""
 
@@ -636,6 +652,93 @@ class Zero(Section):
     )
     communication_data_type: Literal["fp32", "bf16"] = key(
         "fp32", doc="Type in which gradients are reduced.", resume="fixed"
+    )
+    tower: Literal["replicated", "partitioned"] | None = key(
+        None,
+        doc="Where the vision tower's weights live. replicated: whole on every rank, outside the engine; only where "
+        "train.vision is frozen. partitioned: inside the engine, each rank a share (stage 3). Default: replicated "
+        "where it is frozen, inside where it is trained.",
+        resume="free",
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = key(
+        "none",
+        doc="Where fp32 masters, moments and accumulated gradients live. cpu: in host memory, where torch's AdamW runs "
+        "too. nvme: in files (experimental.nvme_path).",
+        resume="free",
+    )
+    offload_param: Literal["none", "cpu", "nvme"] = key(
+        "none", doc="Where a rank's share of the weights lives (stage 3); needs offload_optimizer.", resume="free"
+    )
+    experimental: ZeroExperimental = key(
+        ZeroExperimental(), doc="Options without our guarantee: see each.", resume="free"
+    )
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Zero:
+        problems = []
+        if self.tower == "partitioned" and self.stage != 3:
+            problems.append(
+                (
+                    "tower",
+                    f"shares weights out, which zero.stage {self.stage} does not: they are whole on every rank; use "
+                    "zero.stage=3, or remove it",
+                )
+            )
+        if self.offload_optimizer != "none" and self.stage == 0:
+            problems.append(
+                ("offload_optimizer", "needs optimizer states that are shared out; use zero.stage=1, 2 or 3, or none")
+            )
+        if self.offload_param != "none" and self.stage != 3:
+            problems.append(
+                (
+                    "offload_param",
+                    f"needs weights that are shared out, which zero.stage {self.stage} does not; use zero.stage=3, or "
+                    "none",
+                )
+            )
+        elif self.offload_param != "none" and self.offload_optimizer == "none":
+            problems.append(
+                ("offload_param", "needs the optimizer beside it; set zero.offload_optimizer=cpu, or use none")
+            )
+        nvme = [name for name in ("offload_optimizer", "offload_param") if getattr(self, name) == "nvme"]
+        for name in nvme:
+            if self.stage != 3:
+                problems.append((name, "nvme works with zero.stage=3 only: DeepSpeed would use host memory; use cpu"))
+            if self.experimental.nvme_path is None:
+                problems.append((name, "nvme is experimental and needs a folder: give zero.experimental.nvme_path"))
+        if self.experimental.nvme_path is not None and not nvme:
+            problems.append(
+                (
+                    "experimental.nvme_path",
+                    "has no effect, because nothing is offloaded to it; set zero.offload_optimizer=nvme, or remove it",
+                )
+            )
+        if self.experimental.hpz_partition_size > 1 and self.stage != 3:
+            problems.append(
+                (
+                    "experimental.hpz_partition_size",
+                    f"needs weights that are shared out, which zero.stage {self.stage} does not; use zero.stage=3, or 1",
+                )
+            )
+        if problems:
+            raise Misfit(problems)
+        return self
+
+
+class Debug(Section):
+    """Checks that cost time, for finding out why something goes wrong."""
+
+    collectives: bool = key(
+        False,
+        doc="Before each module call that uses weights, forward or backward, the ranks compare which one it is. The "
+        "first difference, which would hang or corrupt the run, ends it with the ranks and the modules by name.",
+        resume="free",
+    )
+    collectives_timeout_s: int = key(
+        60,
+        doc="Seconds a rank waits with a module call for the others before the run ends and says who is missing.",
+        gt=0,
+        resume="free",
     )
 
 
@@ -782,6 +885,12 @@ class Recipe(Section):
     validation: Validation | None = key(None, doc="Held-out loss; absent: none.", resume="free")
     log: Log = key(Log(), doc="Console, wandb, tensorboard.", resume="free")
     distributed: Distributed = key(Distributed(), doc="Time limits of a run on several ranks.", resume="free")
+    debug: Debug = key(Debug(), doc="Checks that cost time.", resume="free")
+
+    @property
+    def tower_is_replicated(self) -> bool:
+        """The vision tower is whole on every rank, outside the engine."""
+        return self.train.vision == "frozen" and self.zero.tower != "partitioned"
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
@@ -810,6 +919,22 @@ class Recipe(Section):
         if self.zero.stage == 0 and self.precision == "bf16":
             problems.append(
                 ("zero.stage", "has no fp32 masters for bf16 weights in DeepSpeed; use zero.stage=1 or precision=fp32")
+            )
+        if self.zero.tower == "replicated" and self.train.vision != "frozen":
+            problems.append(
+                (
+                    "zero.tower",
+                    f"needs a frozen tower, but train.vision is {self.train.vision}: copies outside the engine would "
+                    "drift apart; use partitioned, or remove it",
+                )
+            )
+        if self.vision_feature_cache is not None and self.zero.tower == "partitioned":
+            problems.append(
+                (
+                    "vision_feature_cache",
+                    "needs a tower that a rank can run alone, but zero.tower is partitioned: every rank must run it "
+                    "when any does; remove the cache, or use zero.tower=replicated",
+                )
             )
         if self.vision_feature_cache is not None and self.train.vision != "frozen":
             problems.append(

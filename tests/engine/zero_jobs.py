@@ -52,6 +52,7 @@ def start(
     tiles_per_chunk: int = 2,
     lr: float = 1e-2,
     seed: int = 3,
+    compare_calls_s: float | None = None,
     **zero_keys: Any,
 ) -> tuple[zero.Engine, InternVit | None, dist.World]:
     world = dist.start(resolve_launch(), timeout_s=240)
@@ -59,20 +60,18 @@ def start(
     dtype = DTYPES[precision]
     config = model_config(tie_word_embeddings=tied)
     tower = None
-    if modes.vision == "frozen":
+    if modes.vision == "frozen" and zero_keys.get("tower") != "partitioned":
         tower = InternVit(config.vision)
         with torch.no_grad():
             for name, parameter in tower.named_parameters():
                 parameter.copy_(seeded_value("vision_model." + name, tuple(parameter.shape), seed))
         tower = tower.to(dtype).requires_grad_(False)
     settings = deepspeed_dict(stage, precision, clip, **zero_keys)
-    with zero.partitioned_at_birth(settings):
+    with zero.partitioned_at_birth(settings, world.device, dtype):
         model = NvlmD(
             config, with_vision=tower is None, activation_checkpointing=checkpointing, tiles_per_chunk=tiles_per_chunk
         )
     slice_of, write = zero.write_slice(world)
-    if stage != 3:
-        model.to(dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(getattr(modes, module_of(name)) == "full")
         value = seeded_value(name, tuple(full_shape(parameter)), seed)
@@ -81,7 +80,9 @@ def start(
     optimizer = schema.Optimizer(lr=lr, weight_decay=0.1, betas=[0.9, 0.95])
     rates = {"vision": lr, "projector": lr * 2, "language_model": lr}
     groups = parameter_groups(model.named_parameters(), optimizer, rates)
-    return zero.build(model, build_optimizer(groups, optimizer, "cpu"), settings, world), tower, world
+    offloaded = "offload_optimizer" in settings["zero_optimization"]
+    made = build_optimizer(groups, optimizer, "cpu", offloaded)
+    return zero.build(model, made, settings, world, compare_calls_s), tower, world
 
 
 def deal(
