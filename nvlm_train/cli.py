@@ -56,8 +56,10 @@ def _data(name: str) -> Callable[[argparse.Namespace], int]:
 
 def _train(args: argparse.Namespace) -> int:
     from nvlm_train.recipe.load import load_recipe
+    from nvlm_train.recipe.resolve import refuse_unsupported
 
     loaded = load_recipe(args.recipe, args.overrides)  # before torch: a typing mistake shows at once
+    refuse_unsupported(loaded)
 
     from nvlm_train.train.loop import train
 

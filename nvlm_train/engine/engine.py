@@ -184,7 +184,8 @@ def step(engine: Engine) -> float:
 def _forget_second_copies(model: nn.Module) -> None:
     """hpZ's second copies are cut when a parameter is released after a use. What was written into the first ones since
     then is not in them: weights that were just loaded would not be used until the first optimizer step."""
-    for parameter in model.parameters():
+    parameters: list[Any] = list(model.parameters())
+    for parameter in parameters:
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
             parameter.ds_secondary_tensor = None
 

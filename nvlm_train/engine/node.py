@@ -73,9 +73,12 @@ class ReadOncePerNode:
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU, in its stored type. Raises CheckpointError on the whole node where it cannot be
         read."""
-        leader, error = self._ranks[0], None
-        value = torch.empty(self._weights.shape(name), dtype=self._weights.dtype(name)) if self._rank != leader else None
-        if value is None:
+        leader = self._ranks[0]
+        value: Tensor | None = None
+        error: Exception | None = None
+        if self._rank != leader:
+            value = torch.empty(self._weights.shape(name), dtype=self._weights.dtype(name))
+        else:
             try:
                 value = self._weights.read(name)
                 self.bytes_read += value.nbytes

@@ -717,7 +717,8 @@ class Zero(Section):
             problems.append(
                 (
                     "experimental.hpz_partition_size",
-                    f"needs weights that are shared out, which zero.stage {self.stage} does not; use zero.stage=3, or 1",
+                    f"needs weights that are shared out, which zero.stage {self.stage} does not; use 1, or "
+                    "zero.stage=3",
                 )
             )
         if problems:

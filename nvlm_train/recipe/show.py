@@ -12,7 +12,15 @@ from typing import Any
 
 from nvlm_train.errors import RecipeError
 from nvlm_train.recipe.load import flatten, load_recipe
-from nvlm_train.recipe.resolve import Resolved, compare, recipe_to_dict, resolve, resume_of, run_length
+from nvlm_train.recipe.resolve import (
+    Resolved,
+    compare,
+    recipe_to_dict,
+    refuse_unsupported,
+    resolve,
+    resume_of,
+    run_length,
+)
 from nvlm_train.recipe.schema import Recipe, Section, all_keys
 from nvlm_train.recipe.yaml import describe
 
@@ -20,7 +28,9 @@ from nvlm_train.recipe.yaml import describe
 def check_command(args: Namespace) -> int:
     """`recipe check`: one line where the recipe is good; all of its problems (RecipeError) where it is not."""
     try:
-        resolved = resolve(load_recipe(args.recipe, args.overrides).recipe, world_size_of(args))
+        loaded = load_recipe(args.recipe, args.overrides)
+        refuse_unsupported(loaded)
+        resolved = resolve(loaded.recipe, world_size_of(args))
     except RecipeError as error:
         if not args.json:
             raise

@@ -133,7 +133,8 @@ def _run(
     console = Console(progress.step, num_steps) if rank0 else None
     config = {"recipe_hash": resolved.recipe_hash, **recipe_to_dict(recipe)}
     sinks = open_sinks(recipe.log.to, run, recipe.run_name, recipe.log.wandb_project, config) if rank0 else []
-    loader = StepLoader(plan, start_step=progress.step, end_step=num_steps)
+    pin_for = world.device if world.device.type == "cuda" else None
+    loader = StepLoader(plan, start_step=progress.step, end_step=num_steps, pin_for=pin_for)
     clock = Clock(world.device)
     since, tokens, tiles = time.monotonic(), 0, 0  # of the steps since the last line of metrics
     try:
