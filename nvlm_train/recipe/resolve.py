@@ -54,7 +54,7 @@ class Resolved:
     warmup_steps, decay_steps: of the schedule; None where they depend on num_steps and that is not known.
     module_lr: peak learning rate of each trained module.
     parameters: {"total" | "trainable": {module: count}}.
-    memory: predicted bytes per rank by kind (`engine.memory.KINDS`) and `total`.
+    memory: predicted bytes per rank by kind (`engine.memory.KINDS`), `total` and `host`.
     warnings: what is legal but probably not meant.
     """
 

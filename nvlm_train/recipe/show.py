@@ -140,9 +140,13 @@ def explain(resolved: Resolved) -> list[str]:
         "memory per rank, predicted (without allocator slack, CUDA context and NCCL buffers)",
     ]
     lines += [
-        f"  {kind.replace('_', ' '):<20}{_bytes(size):>12}" for kind, size in memory.items() if size and kind != "total"
+        f"  {kind.replace('_', ' '):<20}{_bytes(size):>12}"
+        for kind, size in memory.items()
+        if size and kind not in ("total", "host")
     ]
     lines.append(f"  {'sum':<20}{_bytes(memory['total']):>12}")
+    if memory["host"]:
+        lines.append(f"  {'offloaded to host':<20}{_bytes(memory['host']):>12}")
     lines += [
         "",
         "DeepSpeed configuration",

@@ -36,10 +36,10 @@ def ours(folder: Path, sizes: dict[str, Any], rank: int) -> dict[str, Any]:
 def transformers(folder: Path, sizes: dict[str, Any], rank: int) -> dict[str, Any]:
     """`from_pretrained` under `HfDeepSpeedConfig`, the decoder alone."""
     import torch
-    from loading_jobs import PeakOfAnonymous
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    from loading_jobs import PeakOfAnonymous
     from nvlm_train.engine import dist
     from nvlm_train.engine.launch import resolve_launch
 
