@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def partitioned_at_birth(config: dict[str, Any], device: torch.device, dtype: to
     Under ZeRO-3 each parameter is partitioned as its module is made; else it is made whole on `device` in `dtype`.
     RoPE frequencies are computed from the configuration in fp32 by the model, so nothing here makes them bf16.
     """
-    with _no_initial_values():
+    with _no_initial_values(), _named_to_deepspeed(device):
         if config["zero_optimization"]["stage"] == 3:
             import deepspeed
 
@@ -75,6 +76,19 @@ def partitioned_at_birth(config: dict[str, Any], device: torch.device, dtype: to
                     yield
             finally:
                 torch.set_default_dtype(before)
+
+
+@contextmanager
+def _named_to_deepspeed(device: torch.device) -> Iterator[None]:
+    """DeepSpeed takes GPU number LOCAL_RANK, also where the launcher shows a rank its own GPU alone, as number 0."""
+    kept = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            os.environ["LOCAL_RANK"] = kept
 
 
 @contextmanager
@@ -131,7 +145,7 @@ def build(
     _forget_second_copies(model)
     # The config is copied because DeepSpeed writes into the mapping it is given; stdout is kept clean because its bf16
     # optimizer prints memory figures there, whatever the log level.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _named_to_deepspeed(world.device):
         engine, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=copy.deepcopy(config), dist_init_required=False
         )

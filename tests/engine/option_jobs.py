@@ -107,6 +107,15 @@ def hpz_with_stale_copies(*, rank: int, world_size: int) -> str:
         return str(error)
 
 
+def hpz_in_groups(*, rank: int, world_size: int) -> dict[str, list[float]]:
+    """Two groups of two ranks against none, from the same weights."""
+    losses = {}
+    for size in (1, 2):
+        engine, tower, world = start(stage=3, experimental={"hpz_partition_size": size})
+        losses[str(size)] = _train(engine, tower, world, range(5))
+    return losses
+
+
 def ranks_that_differ(*, rank: int, world_size: int) -> dict[str, Any]:
     """Three bent models with `debug.collectives`; what each rank was told, and after how many seconds."""
     out: dict[str, Any] = {}

@@ -46,6 +46,12 @@ def test_hpz_is_compared_with_hpz_off() -> None:
         assert "zero.experimental.hpz_partition_size" in message and "stale weights" in message, message
 
 
+@pytest.mark.slow
+def test_hpz_in_two_groups_of_two() -> None:
+    found = run_distributed(4, JOBS + "hpz_in_groups")[0]
+    assert found["2"] == pytest.approx(found["1"], abs=1e-6)  # worst case measured: HPZ4
+
+
 def test_ranks_that_call_different_modules_are_told_instead_of_hanging() -> None:
     results = run_distributed(2, JOBS + "ranks_that_differ")
     for result in results:
