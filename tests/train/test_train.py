@@ -144,12 +144,7 @@ def test_zero_options_may_change_on_resume(inputs: Path, whole: Path, tmp_path: 
     """To step 3 with the tower partitioned, all offloaded and calls compared; to the end with none of it. What is saved
     is the same: trained weights in the checkpoint, the tower by name in base.json."""
     out = tmp_path / "options"
-    options = [
-        "zero.tower=partitioned",
-        "zero.offload_optimizer=cpu",
-        "zero.offload_param=cpu",
-        "debug.collectives=true",
-    ]
+    offload = ["zero.offload_optimizer=cpu", "zero.offload_param=cpu"]
     given = {"job": "train_with_signal", "signal_name": "SIGUSR2", "on_rank": 0, "after_step": 3}
     assert run(inputs, out, "zero.tower=partitioned", "debug.collectives=true", *offload, **given) == (0, "")
     assert checkpoint.committed_steps(out) == [3]
