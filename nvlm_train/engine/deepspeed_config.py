@@ -35,8 +35,6 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     for name, device in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_param)):
         if device != "none":
             stage[name] = {"device": device}
-        if device == "nvme":
-            stage[name]["nvme_path"] = zero.experimental.nvme_path
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
         "gradient_accumulation_steps": 1,

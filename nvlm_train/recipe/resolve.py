@@ -182,13 +182,11 @@ def _warnings(recipe: Recipe, batch: BatchArithmetic, num_steps: int | None) -> 
             f"when all samples are of full length ({batch.max_packs} packs in {batch.max_micro_steps} micro-steps of "
             f"{batch.slots_per_micro_step}); {' or '.join(legal)} samples would fill them"
         )
-    experimental = recipe.zero.experimental
-    if experimental.nvme_path is not None:
-        warnings.append("zero.experimental.nvme_path: offload to NVMe has never been run by us")
-    if experimental.hpz_partition_size > 1:
+    hpz = recipe.zero.experimental.hpz_partition_size
+    if hpz > 1:
         warnings.append(
-            f"zero.experimental.hpz_partition_size {experimental.hpz_partition_size}: hpZ has run on a CPU only; the "
-            "first steps' losses are compared with hpZ off"
+            f"zero.experimental.hpz_partition_size {hpz}: hpZ has run on a CPU only; the first steps' losses are "
+            "compared with hpZ off"
         )
     warmup = warmup_steps(recipe, num_steps)
     if num_steps is not None and warmup is not None and warmup > num_steps:

@@ -627,10 +627,6 @@ class ZeroExperimental(Section):
         ge=1,
         resume="free",
     )
-    nvme_path: str | None = key(
-        None, doc="Folder on a local NVMe disk for offload_optimizer: nvme and offload_param: nvme.", path=True,
-        resume="free",
-    )  # fmt: skip
 
 
 class Zero(Section):
@@ -660,18 +656,33 @@ class Zero(Section):
         "where it is frozen, inside where it is trained.",
         resume="free",
     )
-    offload_optimizer: Literal["none", "cpu", "nvme"] = key(
+    offload_optimizer: Literal["none", "cpu"] = key(
         "none",
         doc="Where fp32 masters, moments and accumulated gradients live. cpu: in host memory, where torch's AdamW runs "
-        "too. nvme: in files (experimental.nvme_path).",
+        "too.",
         resume="free",
     )
-    offload_param: Literal["none", "cpu", "nvme"] = key(
+    offload_param: Literal["none", "cpu"] = key(
         "none", doc="Where a rank's share of the weights lives (stage 3); needs offload_optimizer.", resume="free"
     )
     experimental: ZeroExperimental = key(
         ZeroExperimental(), doc="Options without our guarantee: see each.", resume="free"
     )
+
+    @field_validator("offload_optimizer", "offload_param", mode="before")
+    @classmethod
+    def _no_nvme(cls, device: Any) -> Any:
+        if device == "nvme":
+            raise Misfit(
+                [
+                    (
+                        "",
+                        "is not supported: DeepSpeed keeps such weights and states in files of its own, where loading, "
+                        "saving and resuming cannot reach them; use cpu, or more ranks",
+                    )
+                ]
+            )
+        return device
 
     @model_validator(mode="after")
     def _options_fit(self) -> Zero:
@@ -699,19 +710,6 @@ class Zero(Section):
         elif self.offload_param != "none" and self.offload_optimizer == "none":
             problems.append(
                 ("offload_param", "needs the optimizer beside it; set zero.offload_optimizer=cpu, or use none")
-            )
-        nvme = [name for name in ("offload_optimizer", "offload_param") if getattr(self, name) == "nvme"]
-        for name in nvme:
-            if self.stage != 3:
-                problems.append((name, "nvme works with zero.stage=3 only: DeepSpeed would use host memory; use cpu"))
-            if self.experimental.nvme_path is None:
-                problems.append((name, "nvme is experimental and needs a folder: give zero.experimental.nvme_path"))
-        if self.experimental.nvme_path is not None and not nvme:
-            problems.append(
-                (
-                    "experimental.nvme_path",
-                    "has no effect, because nothing is offloaded to it; set zero.offload_optimizer=nvme, or remove it",
-                )
             )
         if self.experimental.hpz_partition_size > 1 and self.stage != 3:
             problems.append(
