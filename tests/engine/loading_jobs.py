@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from pathlib import Path
@@ -66,6 +67,7 @@ def load(*, rank: int, world_size: int, recipe: dict[str, Any]) -> dict[str, Any
         return readers[-1]
 
     zero.build, state.ReadOncePerNode = lambda model, *rest: models.append(model), reader
+    gc.collect()  # what an earlier job left would be freed meanwhile
     began = time.monotonic()
     try:
         with PeakOfAnonymous() as memory:

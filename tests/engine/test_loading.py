@@ -15,8 +15,7 @@ from nvlm_train.recipe.schema import LanguageModel, Vision
 VISION = dict(
     hidden_size=18, intermediate_size=30, num_hidden_layers=2, num_attention_heads=3, image_size=8, patch_size=2
 )
-# Freed pieces of the heap, gloo's buffers, and reading a page that a slice shares with its neighbour
-SLACK = 12_000_000
+SLACK = 6_000_000  # gloo's buffers, small objects; measured 1.2 MB
 
 
 def _recipe(folder: Path, hidden: int, layers: int, vocab: int) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def _check(found: dict[str, Any]) -> None:
 
 
 def test_a_rank_holds_its_share_and_one_tensor(tmp_path: Path) -> None:
-    """46 M parameters in bf16 on 2 ranks. Measured: GROWTH MB for a share of SHARE MB and a largest tensor of X MB."""
+    """44 M parameters in bf16 on 2 ranks. Measured: 57.4 MB for a share of 43.9 MB and a largest tensor of 12.3 MB."""
     results = run_distributed(2, "engine/loading_jobs.py:load", recipe=_recipe(tmp_path, 512, 8, 12000))
     for found in results:
         _check(found)
