@@ -183,8 +183,6 @@ def backward(engine: Engine, loss_sum: Tensor, trained_tokens: int) -> None:
     """
     loss = loss_sum * (engine.world.world_size / max(trained_tokens, 1))
     engine.deepspeed.backward(loss, scale_wrt_gas=False)
-    if engine.calls is not None:
-        engine.calls.compare("end of", "backward")
 
 
 def forward(engine: Engine, *args: Any, last: bool) -> Tensor:

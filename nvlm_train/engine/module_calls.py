@@ -27,13 +27,13 @@ class ModuleCalls:
 
     def __init__(self, model: nn.Module, world: World, timeout_s: float) -> None:
         self._rank = world.rank
-        self._timeout = timedelta(seconds=timeout_s)
-        self._timeout_s = timeout_s
-        self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+        self.timeout_s = timeout_s
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._world_size = world.world_size
         # a call is told as two small numbers, the same on every rank
         self._names = ["end of"]
         self._phases = ["forward", "backward"]
+        self._in_backward = False
         self._before: deque[str] = deque(maxlen=_SHOWN_BEFORE)
         self.num_calls = 0
         for name, module in model.named_modules():
@@ -47,6 +47,9 @@ class ModuleCalls:
             self.compare(name, "forward")
 
         def before_backward(gradient: Tensor) -> None:
+            if not self._in_backward:  # its end is told before DeepSpeed reduces what is left
+                self._in_backward = True
+                torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
             self.compare(name, "backward")
 
         def after_forward(module: nn.Module, args: Any, output: Any) -> None:
@@ -57,18 +60,22 @@ class ModuleCalls:
         module.register_forward_pre_hook(before_forward, prepend=True)
         module.register_forward_hook(after_forward)
 
+    def _end_of_backward(self) -> None:
+        self._in_backward = False
+        self.compare("end of", "backward")
+
     def compare(self, name: str, phase: str) -> None:
         """Raises NvlmError on every rank unless all are at this call. phase: "forward" or "backward"."""
         self.num_calls += 1
         own = torch.tensor([self._names.index(name), self._phases.index(phase)])
         calls = [torch.empty_like(own) for _ in range(self._world_size)]
         try:
-            dist.monitored_barrier(self._group, self._timeout, wait_all_ranks=True)
+            dist.monitored_barrier(self._group, timedelta(seconds=self.timeout_s), wait_all_ranks=True)
             dist.all_gather(calls, own, group=self._group)
         except RuntimeError as error:
             raise NvlmError(
                 f"debug.collectives: rank {self._rank} is at {name} {phase} (call {self.num_calls}), but not all ranks "
-                f"made a call within {self._timeout_s:g} s: {error}"
+                f"made a call within {self.timeout_s:g} s: {error}"
             ) from None
         texts = [f"{self._names[int(call[0])]} {self._phases[int(call[1])]}" for call in calls]
         if len(set(texts)) > 1:

@@ -52,18 +52,23 @@ def test_hpz_in_two_groups_of_two() -> None:
     assert found["2"] == pytest.approx(found["1"], abs=1e-6)  # worst case measured: HPZ4
 
 
-def test_ranks_that_call_different_modules_are_told_instead_of_hanging() -> None:
-    results = run_distributed(2, JOBS + "ranks_that_differ")
-    for result in results:
-        assert (
-            "rank 0: projector.norm forward; rank 1: language_model.model.embed_tokens forward"
-            in result["skips_the_projector"]
-        ), result
-        assert "rank 0: projector.fc2 backward; rank 1: end of backward" in result["cuts_the_gradient"], result
-        assert result["skips_the_projector_s"] < 30 and result["cuts_the_gradient_s"] < 30
-        assert result["calls_of_a_good_step"] > 20
-    assert "not all ranks made a call within 3 s" in results[0]["is_late"], results[0]
-    assert "rank 0 is at projector.norm forward" in results[0]["is_late"] and "Ranks 1" in results[0]["is_late"]
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("skips_the_projector", "rank 0: projector.norm forward; rank 1: language_model.model.embed_tokens forward"),
+        ("cuts_the_gradient", "rank 0: projector.fc2 backward; rank 1: end of backward"),
+    ],
+)
+def test_ranks_that_call_different_modules_are_told_instead_of_hanging(how: str, told: str) -> None:
+    for result in run_distributed(2, JOBS + "ranks_that_differ", how=how):
+        assert f"debug.collectives: the ranks' module calls differ at call {result['number']}: {told}" in result["told"]
+        assert result["seconds"] < 30  # measured 0.05 and 2.7 on a loaded machine
+
+
+def test_a_rank_that_comes_too_late_is_named() -> None:
+    result = run_distributed(2, JOBS + "ranks_that_differ", how="is_late")[0]
+    assert "rank 0 is at projector.norm forward" in result["told"], result
+    assert "not all ranks made a call within 1 s" in result["told"] and "Ranks 1 " in result["told"], result
 
 
 def test_nodes() -> None:
