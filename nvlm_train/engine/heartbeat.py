@@ -82,7 +82,7 @@ class Standing:
     def text(self) -> str:
         name = self.member.name
         if self.state == "lost":
-            return f"{name} was lost in {self.place}: its process ended without a word (killed, or out of memory)"
+            return f"{name} was lost, last seen in {self.place}: its process ended without a word (killed, or out of memory)"
         if self.state == "failed":
             return f"{name} failed in {self.place}: {self.why}"
         if self.state == "left":
