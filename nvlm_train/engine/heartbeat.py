@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -61,7 +61,7 @@ class Member:
 @dataclass(frozen=True)
 class Standing:
     """What is known of a rank. state: alive, silent (no beat for `silent_s`), lost, failed or left (both with `why`),
-    or done.
+    stuck (it has written its stacks and ended, as all do when the job hangs) or done.
 
     collective: where it waits for others, "" when it does not, None when it has not said.
     """
@@ -82,7 +82,8 @@ class Standing:
     def text(self) -> str:
         name = self.member.name
         if self.state == "lost":
-            return f"{name} was lost, last seen in {self.place}: its process ended without a word (killed, or out of memory)"
+            how = "its process ended without a word (killed, or out of memory)"
+            return f"{name} was lost, last seen in {self.place}: {how}"
         if self.state == "failed":
             return f"{name} failed in {self.place}: {self.why}"
         if self.state == "left":
@@ -184,7 +185,7 @@ class Heartbeat:
                     self._lock.release()
 
     def leave(self, state: str, why: str) -> None:
-        """Says how this rank leaves ("done", "left" or "failed"); the first word stands.
+        """Says how this rank leaves ("done", "left", "stuck" or "failed"); the first word stands.
 
         Where rank 0 keeps the store, it waits for the others' words, not for long.
         """
@@ -214,13 +215,16 @@ class Heartbeat:
                 if rank in self._lost:
                     state = "lost"
                 elif silent > LOOK_S / 2:
-                    state = "silent"
-                    process = _process(member.pid) if member.machine == self.own.machine else None
-                    why = "its process is stopped" if process and process[0] in "Tt" else ""
+                    state, why = "silent", self._is_stopped(member)
             step, phase = beat.get("step", 0), beat.get("phase", "start-up")
             found.append(Standing(member, state, step, phase, why, silent, beat.get("collective")))
-        if self.store_gone and not self.launch.agent_store and 0 in self.members and self.launch.rank != 0:
-            found[0] = Standing(found[0].member, "lost", found[0].step, found[0].phase)
+        if not self.launch.agent_store and found and self.launch.rank != 0:  # then rank 0 keeps the store
+            first = found[0]
+            if self.store_gone and first.state in ("alive", "silent"):
+                found[0] = replace(first, state="lost")
+            elif self.unanswered_s > LOOK_S / 2 and first.state == "alive":
+                why = self._is_stopped(first.member)
+                found[0] = replace(first, state="silent", silent_s=self.unanswered_s, why=why)
         return found
 
     def trouble(self, silent_s: float) -> list[Standing]:
@@ -294,6 +298,10 @@ class Heartbeat:
             return False
         process = _process(member.pid)
         return process is None or process[0] in "ZX" or process[1] != member.born
+
+    def _is_stopped(self, member: Member) -> str:
+        process = _process(member.pid) if member.machine == self.own.machine else None
+        return "its process is stopped" if process and process[0] in "Tt" else ""
 
     def _wait_for_the_others(self, limit_s: float) -> None:
         """The store ends with this process; others may still read in it how it left."""

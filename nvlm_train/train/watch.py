@@ -184,7 +184,9 @@ class Watch:
             heartbeat.unanswered_s += slept
             if self._is_troubled(heartbeat):
                 return self._end_for_trouble(heartbeat)
-        if self._silent_s > self.limits.hang_s:
+        # nothing at the start is as short as a step may be: imports, reading the data, loading the weights
+        limit = max(self.limits.hang_s, self.limits.timeout_s) if self._starting else self.limits.hang_s
+        if self._silent_s > limit:
             return self._end_for_hang(
                 f"no step has ended for {self._silent_s:.0f} s (distributed.hang_s is {self.limits.hang_s:g})"
             )
@@ -204,11 +206,12 @@ class Watch:
         return None
 
     def _is_troubled(self, heartbeat: Heartbeat) -> bool:
-        if heartbeat.alarm is not None or heartbeat.store_gone or heartbeat.unanswered_s > self.limits.silent_s:
-            return True
-        # asked to stop by torchrun because of a loss on another host: a few beats tell
-        limit = self.limits.silent_s if self._asked_s is None else min(LOOK_S, self.limits.silent_s)
-        return bool(heartbeat.trouble(limit))
+        store_gone = heartbeat.store_gone or heartbeat.unanswered_s > self.limits.silent_s
+        return heartbeat.alarm is not None or store_gone or bool(heartbeat.trouble(self._patience()))
+
+    def _patience(self) -> float:
+        """Seconds that a rank may be silent. Asked to stop, maybe because of a loss on another host: a few beats."""
+        return self.limits.silent_s if self._asked_s is None else min(LOOK_S, self.limits.silent_s)
 
     def _end_for_trouble(self, heartbeat: Heartbeat) -> int | None:
         if heartbeat.alarm is not None and heartbeat.alarm["kind"] == "hang":
@@ -218,16 +221,17 @@ class Watch:
         while time.monotonic() < until:
             if self._explaining or self._over.wait(0.05):
                 return None
-        found = heartbeat.trouble(min(LOOK_S, self.limits.silent_s))
+        found = heartbeat.trouble(self._patience())
         told = [one for one in found if one.state != "left"] or found
         if told:
             text = self._sentence(told, heartbeat)
         elif heartbeat.alarm is not None:
             text = heartbeat.alarm["text"]
         elif heartbeat.store_gone or heartbeat.unanswered_s > self.limits.silent_s:
-            keeper = "torchrun's agent" if self.launch.agent_store else heartbeat.members[0].name
-            how = "is gone" if heartbeat.store_gone else f"has not answered for {heartbeat.unanswered_s:.0f} s"
-            text = f"the job's store at {self.launch.address}:{self.launch.port} {how}: {keeper} keeps it"
+            text = (
+                f"torchrun's agent, which keeps the job's store at {self.launch.address}:{self.launch.port}, has not "
+                f"answered for {heartbeat.unanswered_s:.0f} s"
+            )
         else:
             return None  # it was silent, and beats again
         heartbeat.raise_alarm("lost", text)
@@ -252,8 +256,7 @@ class Watch:
         missing = heartbeat.trouble(LOOK_S / 2)
         found = [one for one in missing if one.state != "left"] or self._behind(heartbeat)
         self._print(f"error: {reason}: {self._sentence(found, heartbeat)}. {self._what_next()}")
-        # a rank that hangs in a collective of its own accord goes last: others may still read what it says
-        heartbeat.leave("left", "a rank hangs")
+        heartbeat.leave("stuck", "")
         return 1
 
     # ------------------------------------------------------------------------------------------------------- its words

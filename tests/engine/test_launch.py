@@ -89,7 +89,7 @@ def test_slurms_short_forms() -> None:
 
 
 def meet(worlds: dict[int, int], *, local: dict[int, int] | None = None, wait_s: float = 2.0) -> dict[int, str]:
-    """Ranks of one process that meet: {rank: world that it believes in}. Returns what each was told, "" for all well."""
+    """Ranks of one process that meet: {rank: world that it believes in}. Returns what each was told, "" for nothing."""
     port, told = free_port(), {}
     beats = {
         rank: Heartbeat(Launch("test", rank, world, (local or {}).get(rank, rank), world, "127.0.0.1", port), wait_s)
@@ -136,7 +136,9 @@ def test_another_world_size_on_one_rank_is_found_at_once() -> None:
     begun = time.monotonic()
     told = meet({0: 3, 1: 2}, wait_s=60.0)
     assert time.monotonic() - begun < 30
-    assert all("WORLD_SIZE is 3 for rank 0 (host " in text and "but 2 for rank 1 (host " in text for text in told.values())
+    assert all(
+        "WORLD_SIZE is 3 for rank 0 (host " in text and "but 2 for rank 1 (host " in text for text in told.values()
+    )
 
 
 def test_the_same_local_rank_or_gpu_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
