@@ -103,7 +103,8 @@ def this_process(launch: Launch) -> Member:
         gpu = str(torch.cuda.get_device_properties(own_gpu(launch)).uuid)
     machine = ""
     with contextlib.suppress(OSError):
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine = boot + os.readlink("/proc/self/ns/pid") + os.readlink("/proc/self/ns/net")
     born = (_process(os.getpid()) or ("", ""))[1]
     host = socket.gethostname()
     return Member(launch.rank, launch.world_size, launch.local_rank, host, os.getpid(), machine, born, gpu)
@@ -424,16 +425,10 @@ def _contradiction(members: list[Member]) -> str:
                 f"WORLD_SIZE is {first.world_size} for {first.name}, but {other.world_size} for {other.name}: the "
                 "ranks were started for different jobs; start all with the same number of hosts and ranks per host"
             )
-    places: dict[tuple[str, str], Member] = {}
+    gpus: dict[str, Member] = {}
     for member in members:
-        before = places.setdefault((member.machine or member.host, f"local {member.local_rank}"), member)
-        if before is not member and member.machine:
-            return (
-                f"LOCAL_RANK is {member.local_rank} for both {before.name} and {member.name}: ranks on one host need "
-                "different ones"
-            )
         if member.gpu:
-            before = places.setdefault((member.machine, member.gpu), member)
+            before = gpus.setdefault(member.gpu, member)
             if before is not member:
                 return (
                     f"{before.name} and {member.name} have the same GPU ({member.gpu}): start as many ranks per host "

@@ -88,11 +88,11 @@ def test_slurms_short_forms() -> None:
 # ------------------------------------------------------------------------------------------------------- meeting
 
 
-def meet(worlds: dict[int, int], *, local: dict[int, int] | None = None, wait_s: float = 2.0) -> dict[int, str]:
+def meet(worlds: dict[int, int], *, wait_s: float = 2.0) -> dict[int, str]:
     """Ranks of one process that meet: {rank: world that it believes in}. Returns what each was told, "" for nothing."""
     port, told = free_port(), {}
     beats = {
-        rank: Heartbeat(Launch("test", rank, world, (local or {}).get(rank, rank), world, "127.0.0.1", port), wait_s)
+        rank: Heartbeat(Launch("test", rank, world, rank, world, "127.0.0.1", port), wait_s)
         for rank, world in worlds.items()
     }
 
@@ -141,9 +141,7 @@ def test_another_world_size_on_one_rank_is_found_at_once() -> None:
     )
 
 
-def test_the_same_local_rank_or_gpu_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = meet({0: 2, 1: 2}, local={0: 0, 1: 0}, wait_s=60.0)
-    assert all("LOCAL_RANK is 0 for both rank 0" in text for text in told.values())
+def test_the_same_gpu_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     original = heartbeat.this_process
     monkeypatch.setattr(heartbeat, "this_process", lambda launch: replace(original(launch), gpu="GPU-1"))
     told = meet({0: 2, 1: 2}, wait_s=60.0)

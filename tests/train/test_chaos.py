@@ -114,7 +114,7 @@ def interrupt(kind: str, job: Job, run: Path, disk: Path, rank: int, fault_injec
 
 
 def expected(kind: str, codes: list[int | None], rank: int, starting: bool, complete: bool) -> bool:
-    """Whether the ranks ended as they should. starting: it struck before the first step, perhaps before they had met."""
+    """Whether the ranks ended as they should. starting: struck before the first step, perhaps before they had met."""
     if complete:
         return True
     others = [code for one, code in enumerate(codes) if one != rank]
@@ -164,9 +164,8 @@ def chaos(
         saved = checkpoint.committed_steps(run)
         print(f"chaos: {number}: {ranks} ranks, {kind} at step {step} of rank {rank}: {codes}, saved {saved}")
         complete, starting = saved[-1:] == [steps], step == done
-        assert expected(kind, codes, rank, starting, complete), (
-            f"seed {seed}, {kind} of rank {rank}: {codes}\n{job.text()[-4000:]}"
-        )
+        what = f"seed {seed}, {kind} of rank {rank}: {codes}\n{job.text()[-4000:]}"
+        assert expected(kind, codes, rank, starting, complete), what
         assert not saved or saved[-1] >= done, f"seed {seed}: a checkpoint was lost"
     job = zygote.start([*words, f"output_dir={run}"], ranks=2, log=disk.parent / "log_last", samples=samples)
     assert job.wait(400) == [0, 0], job.text()[-3000:]
