@@ -46,7 +46,6 @@ class Member:
 
     rank: int
     world_size: int
-    local_rank: int
     host: str
     pid: int
     machine: str
@@ -107,7 +106,7 @@ def this_process(launch: Launch) -> Member:
         machine = boot + os.readlink("/proc/self/ns/pid") + os.readlink("/proc/self/ns/net")
     born = (_process(os.getpid()) or ("", ""))[1]
     host = socket.gethostname()
-    return Member(launch.rank, launch.world_size, launch.local_rank, host, os.getpid(), machine, born, gpu)
+    return Member(launch.rank, launch.world_size, host, os.getpid(), machine, born, gpu)
 
 
 def _process(pid: int) -> tuple[str, str] | None:
