@@ -239,8 +239,14 @@ class Heartbeat:
     def _work(self) -> None:
         try:
             self._join()
-        except BaseException as error:
+        except SetupError as error:
             self._error = error
+            return
+        except RuntimeError as error:  # torch's DistError
+            self._error = SetupError(
+                f"the job's store at {self.launch.address}:{self.launch.port} went away while the ranks were meeting "
+                f"({str(error).splitlines()[0]}): see why rank 0 ended"
+            )
             return
         finally:
             self._joined.set()

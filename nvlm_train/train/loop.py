@@ -215,6 +215,9 @@ def _run(
                 break
             since = time.monotonic() if progress.step % recipe.log.every_steps == 0 else since  # not of the next steps
             clock.start()
+    except Exception:
+        with watch.guard():  # before files are closed, which may take its time
+            raise
     finally:
         loader.close()
         if built.cache is not None:

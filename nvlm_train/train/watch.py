@@ -217,7 +217,9 @@ class Watch:
         if heartbeat.alarm is not None and heartbeat.alarm["kind"] == "hang":
             return self._end_for_hang(heartbeat.alarm["text"])
         heartbeat.look_at_all = True
-        until = time.monotonic() + 3.0  # the trainer's own thread finds it as well, and can close its files
+        # the trainer's own thread finds it as well, and can close its files
+        told_all = heartbeat.alarm is not None and heartbeat.alarm["kind"] == "failed"  # the same mistake on each rank?
+        until = time.monotonic() + (CLEAN_UP_S if told_all else 3.0)
         while time.monotonic() < until:
             if self._explaining or self._over.wait(0.05):
                 return None
