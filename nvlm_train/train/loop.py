@@ -17,7 +17,7 @@ from nvlm_train.data.loader import StepData, StepLoader
 from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
-from nvlm_train.engine.launch import resolve_launch
+from nvlm_train.engine.launch import Launch, resolve_launch
 from nvlm_train.engine.optim import set_learning_rates
 from nvlm_train.errors import DataError, NvlmError
 from nvlm_train.log import set_up_logging
@@ -29,7 +29,7 @@ from nvlm_train.train.loss import tower_features
 from nvlm_train.train.metrics import Clock, Console, MetricsFile, Sink, open_sinks, peak_memory_gib
 from nvlm_train.train.stop import StopRequest
 from nvlm_train.train.validation import ValidationResult, validate
-from nvlm_train.train.watch import HangWatch
+from nvlm_train.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -43,26 +43,44 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     recipe = loaded.recipe
     launch = resolve_launch()
     resolved = resolve(recipe, launch.world_size)
-    start = state.find_start(recipe, resume, accept)
-    if _is_complete(start, resolved.num_steps):
-        return 0
+    run = Path(recipe.output_dir)
+    with (
+        StopRequest(run, recipe.checkpoint.signal, watch_files=launch.rank == 0) as stop,
+        Watch(launch, recipe.distributed, run, stop) as watch,
+        watch.guard(),
+    ):
+        start = state.find_start(recipe, resume, accept)
+        if _is_complete(start, resolved.num_steps):
+            return 0
+        _train(loaded, launch, start, accept, stop, watch)
+    return 0
 
+
+def _train(
+    loaded: LoadedRecipe, launch: Launch, start: state.Start, accept: Sequence[str], stop: StopRequest, watch: Watch
+) -> None:
+    """Builds everything, then runs the steps."""
+    recipe = loaded.recipe
     weights = state.open_weights(recipe)
     account = state.account_for_weights(recipe, weights)
     attempt = announce.provenance(launch)
+    watch.mark("opening the data")
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size)
     if _is_complete(start, plan.num_steps):
-        return 0
+        return
     resolved = resolve(recipe, launch.world_size, plan.num_steps)
     state.check_data(start, plan.state(start.step), accept)
 
-    world = dist.start(launch, recipe.distributed.timeout_s)
+    watch.mark("meeting the other ranks")
+    world = dist.start(launch, recipe.distributed.timeout_s, watch.join())
     try:
-        dist.barrier(world)  # every rank has looked at the run directory; only now may it change
+        dist.require_same(world, start.step, f"the step to start from in {start.run}", "is it one shared folder?")
+        watch.mark("hashing the frozen weights")
         frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
         state.write_base(start.run, frozen, world)
         if not start.step:
             state.verify_earlier_run(recipe, world)
+        watch.mark("loading the weights")
         built = state.build(recipe, resolved, world, weights, skip_trained=start.step > 0)
         progress = state.restore(built, start.checkpoint) if start.checkpoint else state.Progress()
         with dist.agreed(world, "writing the run's files"):
@@ -72,7 +90,7 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
                 state.write_run_files(start, recipe, resolved, attempt)
         if _stopped_early(recipe, progress):
             log.info("%s stopped early: validation had not improved at step %d", start.run, progress.step)
-            return 0
+            return
         if launch.rank == 0:
             idle = torch.cuda.device_count() - 1 if launch.launcher == "alone" and torch.cuda.is_available() else 0
             screen = announce.first_screen(
@@ -88,13 +106,8 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
                 idle,
             )
             log.info("%s", "\n" + screen)
-        stacks = start.run / f"stacks_rank_{launch.rank}.txt"
-        with (
-            HangWatch(recipe.distributed.hang_s, stacks) as watch,
-            StopRequest(start.run, recipe.checkpoint.signal, watch_files=launch.rank == 0) as stop,
-        ):
-            _run(recipe, resolved, world, built, plan, progress, start.run, stop, watch)
-        return 0
+        watch.started()
+        _run(recipe, resolved, world, built, plan, progress, start.run, stop, watch)
     finally:
         dist.stop(world)
 
@@ -125,7 +138,7 @@ def _run(
     progress: state.Progress,
     run: Path,
     stop: StopRequest,
-    watch: HangWatch,
+    watch: Watch,
 ) -> None:
     rank0 = world.rank == 0
     num_steps = plan.num_steps
@@ -138,6 +151,7 @@ def _run(
     clock = Clock(world.device)
     since, tokens, tiles = time.monotonic(), 0, 0  # of the steps since the last line of metrics
     try:
+        watch.mark("validation", progress.step)
         if progress.validation_due:  # the last attempt was asked to stop before it
             if _validate(recipe, world, built, plan, progress, metrics, console, sinks)[1]:
                 return
@@ -145,16 +159,20 @@ def _run(
             since = time.monotonic()
         clock.start()
         while progress.step < num_steps:
+            watch.mark("data", progress.step + 1)
             data, counts = _load(world, plan, loader)
             clock.stop("data")
             rates = _set_rates(recipe, resolved, built, progress.step)
-            losses, grad_norm = _step(recipe, world, built, data, counts["trained_tokens"], clock)
+            losses, grad_norm = _step(recipe, world, built, data, counts["trained_tokens"], clock, watch)
+            watch.mark("agreement")
             stop_asked, save_asked = stop.asked()
             asked = [sum(losses), float(stop_asked), float(save_asked)]
             loss, stops, saves = dist.sum_over_ranks(world, asked, torch.float64)
             loss = loss / counts["trained_tokens"] if counts["trained_tokens"] else math.nan
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 _stop_for_non_finite(world, loss, grad_norm, progress.step + 1, data, losses, run)
+            if stops:
+                watch.stop_agreed()
             _advance(progress, counts)
             clock.stop("step")
             watch.alive()
@@ -179,11 +197,13 @@ def _run(
                 progress.validation_due = True
             # asked to stop, saving comes first and the next start validates; after the last step there is none
             if progress.validation_due and (last or not stops):
+                watch.mark("validation")
                 improved, early = _validate(recipe, world, built, plan, progress, metrics, console, sinks)
                 watch.alive()
 
             if last or stops or saves or improved or early or progress.step % recipe.checkpoint.every_steps == 0:
                 began = time.monotonic()
+                watch.mark("save")
                 path = state.save(built, run, progress, recipe, resolved, plan.state(progress.step))
                 watch.alive()
                 if console is not None:
@@ -196,6 +216,9 @@ def _run(
                 break
             since = time.monotonic() if progress.step % recipe.log.every_steps == 0 else since  # not of the next steps
             clock.start()
+    except Exception:
+        with watch.guard():  # before files are closed, which may take its time
+            raise
     finally:
         loader.close()
         if built.cache is not None:
@@ -248,20 +271,29 @@ def _set_rates(recipe: Recipe, resolved: Resolved, built: state.Built, step: int
 
 
 def _step(
-    recipe: Recipe, world: dist.World, built: state.Built, data: StepData, trained_tokens: int, clock: Clock
+    recipe: Recipe,
+    world: dist.World,
+    built: state.Built,
+    data: StepData,
+    trained_tokens: int,
+    clock: Clock,
+    watch: Watch,
 ) -> tuple[list[float], float]:
     """One optimizer step. Returns this rank's sum of losses of each micro-step and the global gradient norm."""
     losses = []
     clock.start()
     for number, host_batch in enumerate(data.micro_batches, start=1):
+        watch.mark("forward")
         batch = host_batch.to(world.device)
         features = tower_features(built.tower, batch, built.dtype, recipe.vision_tiles_per_chunk, built.cache)
         clock.stop("vision")
         loss_sum = zero.forward(built.engine, batch, features, last=number == len(data.micro_batches))
         clock.stop("forward")
+        watch.mark("backward")
         zero.backward(built.engine, loss_sum, trained_tokens)
         clock.stop("backward")
         losses.append(loss_sum.detach())
+    watch.mark("optimizer step")
     grad_norm = zero.step(built.engine)
     return torch.stack(losses).double().tolist(), grad_norm
 

@@ -109,7 +109,7 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
                 f"output_dir: '{run}' holds checkpoints but no recipe.json, so it cannot be told whose they are; "
                 "name another folder"
             )
-        ours = ("data_index", "stop", "save", "bad_samples", "slurm", "attempts", "logs")
+        ours = ("data_index", "stop", "save", "bad_samples", "slurm", "attempts", "logs", "stacks_rank_")
         foreign = [] if not run.exists() else sorted(p.name for p in run.iterdir() if not p.name.startswith(ours))
         if foreign:
             log.warning(
