@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Engine:
     deepspeed: Any  # deepspeed.DeepSpeedEngine
     stage: int
     world: World
+    mark: Tensor | None = None  # what one parameter's gradient is multiplied by in backward, see `backward`
 
     @property
     def module(self) -> nn.Module:
@@ -92,16 +94,24 @@ def build(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, 
         engine, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=copy.deepcopy(config), dist_init_required=False
         )
-    return Engine(engine, config["zero_optimization"]["stage"], world)
+    built = Engine(engine, config["zero_optimization"]["stage"], world)
+    _, marked = min(built.trainable(), key=lambda item: full_shape(item[1]).numel())
+    marked.register_hook(lambda gradient: gradient if built.mark is None else gradient * built.mark)
+    return built
 
 
-def backward(engine: Engine, loss_sum: Tensor, trained_tokens: int) -> None:
+def backward(engine: Engine, loss_sum: Tensor, trained_tokens: int, *, mark_broken: bool = True) -> None:
     """Back-propagates this micro-step's share of the mean over the trained tokens of the whole step.
 
     loss_sum: fp32 scalar, sum of cross-entropy on this rank and micro-step.
     trained_tokens: of all ranks and micro-steps of the step. DeepSpeed averages gradients over ranks, hence the factor.
+    mark_broken: a loss that is not finite makes one parameter's gradient NaN, even where nothing of the loss reaches a
+    trained weight, so that `step` leaves the step out on every rank, without a word between them and without waiting
+    for the device.
     """
     loss = loss_sum * (engine.world.world_size / max(trained_tokens, 1))
+    # times 1.0 changes no bit; 0 times NaN is NaN
+    engine.mark = torch.where(loss_sum.detach().isfinite(), 1.0, torch.nan) if mark_broken else None
     engine.deepspeed.backward(loss, scale_wrt_gas=False)
 
 
@@ -112,14 +122,41 @@ def forward(engine: Engine, *args: Any, last: bool) -> Tensor:
 
 
 def step(engine: Engine) -> float:
-    """Applies the optimizer step; returns the global gradient norm before clipping, NaN or inf where it was skipped."""
-    norm = None
-    if engine.stage == 0:  # plain data parallel: gradients are whole and already summed, and nobody keeps their norm
-        norm = torch.nn.utils.get_total_norm([p.grad for _, p in engine.trainable() if p.grad is not None])
+    """Applies the optimizer step; returns the global gradient norm before clipping.
+
+    Where it is not finite, on every rank alike, the step is left out: no weight, no moment and no step count of AdamW
+    changes, and the gradients are gone. DeepSpeed does that by itself in stages 1 to 3, silently, and tells neither
+    the norm nor whether it was NaN or infinite: NaN stands for both.
+    """
+    if engine.stage == 0:  # plain data parallel: gradients are whole and already summed, and nobody looks at them
+        norm = float(torch.nn.utils.get_total_norm([p.grad for _, p in engine.trainable() if p.grad is not None]))
+        if not math.isfinite(norm):
+            engine.deepspeed.zero_grad()
+            return float("nan")
+        engine.deepspeed.step()
+        return norm
     engine.deepspeed.step()
-    if getattr(engine.optimizer, "overflow", False):
-        return float("nan")
-    return float(engine.deepspeed.get_global_grad_norm() if norm is None else norm)
+    return float("nan") if engine.optimizer.overflow else float(engine.deepspeed.get_global_grad_norm())
+
+
+def allocate_optimizer_state(engine: Engine) -> None:
+    """Makes AdamW's moments now, all zero, instead of in the first step; that step comes out the same."""
+    _prepare_optimizer_state(engine)
+
+
+def largest_gradients(engine: Engine) -> dict[str, float]:
+    """Largest absolute gradient of each trainable parameter, NaN where one is; call it between backward and step.
+
+    Over all ranks in stages 0 to 2 (every rank must call it), over this rank's part in stage 3.
+    """
+    from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
+
+    read = safe_get_local_grad if engine.stage == 3 else safe_get_full_grad
+    found = {}
+    for name, parameter in engine.trainable():
+        gradient = parameter.grad if engine.stage == 0 else read(parameter)
+        found[name] = float(gradient.abs().max()) if gradient is not None and gradient.numel() else 0.0
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- slices of the state
