@@ -182,8 +182,8 @@ class DataPlan:
         return found | {"window": window, "pack_in_window": pack}
 
     def draws(self, step: int) -> list[SampleRef]:
-        """The samples of a step: positions k*N to (k+1)*N - 1 of the mixture, N = global_batch.samples, k = the step, or
-        where steps are skipped its data step; where a step is a number of packs, the samples of its packs."""
+        """The samples of a step: positions k*N to (k+1)*N - 1 of the mixture, N = global_batch.samples, k = its data
+        step (the step itself where none are skipped); where a step is a number of packs, the samples of its packs."""
         size = self.recipe.global_batch.samples
         if size is None:
             return [ref for item in self.plan_step(step) for ref in item.samples]

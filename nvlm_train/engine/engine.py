@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,9 @@ def write_slice(
 def build(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World) -> Engine:
     """Hands model and optimizer to DeepSpeed."""
     import deepspeed
+    from deepspeed.utils import logger
 
+    logger.addFilter(_is_news)
     # The config is copied because DeepSpeed writes into the mapping it is given; stdout is kept clean because its bf16
     # optimizer prints memory figures there, whatever the log level.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -98,6 +101,11 @@ def build(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, 
     _, marked = min(built.trainable(), key=lambda item: full_shape(item[1]).numel())
     marked.register_hook(lambda gradient: gradient if built.mark is None else gradient * built.mark)
     return built
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """DeepSpeed tells every step that it leaves out; so do we, with the step's number and samples."""
+    return "OVERFLOW! Skipping step" not in record.getMessage()
 
 
 def backward(engine: Engine, loss_sum: Tensor, trained_tokens: int, *, mark_broken: bool = True) -> None:
@@ -128,6 +136,19 @@ def step(engine: Engine) -> float:
     changes, and the gradients are gone. DeepSpeed does that by itself in stages 1 to 3, silently, and tells neither
     the norm nor whether it was NaN or infinite: NaN stands for both.
     """
+    return _update(engine)
+
+
+def backward_and_discard(engine: Engine, loss_sum: Tensor) -> None:
+    """Back-propagates a loss as the last of a step and throws the gradient away, as if neither had been asked for.
+
+    It is made to be a step that is not finite, which leaves no trace.
+    """
+    backward(engine, loss_sum * torch.nan, 1)
+    _update(engine)
+
+
+def _update(engine: Engine) -> float:
     if engine.stage == 0:  # plain data parallel: gradients are whole and already summed, and nobody looks at them
         norm = float(torch.nn.utils.get_total_norm([p.grad for _, p in engine.trainable() if p.grad is not None]))
         if not math.isfinite(norm):
@@ -142,6 +163,26 @@ def step(engine: Engine) -> float:
 def allocate_optimizer_state(engine: Engine) -> None:
     """Makes AdamW's moments now, all zero, instead of in the first step; that step comes out the same."""
     _prepare_optimizer_state(engine)
+
+
+def held_bytes(engine: Engine) -> dict[str, int]:
+    """Bytes on the device that weights, gradients and optimizer take on this rank just now."""
+
+    def size(tensors: Iterable[Any]) -> int:
+        tensors = [t for t in tensors if isinstance(t, Tensor) and t.device.type == engine.world.device.type]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+    base, optimizer = engine.deepspeed.basic_optimizer, engine.optimizer
+    parameters = list(engine.module.parameters())
+    averaged = getattr(optimizer, "averaged_gradients", None) or {}
+    gradients = [p.grad for p in parameters] + [g for group in averaged.values() for g in group or ()]
+    masters = _flat_masters(engine) if engine.stage else []
+    return {
+        "weights": size([*(getattr(p, "ds_tensor", p) for p in parameters)]),
+        "gradients": size([*gradients, getattr(optimizer, "grad_partitions_flat_buffer", None)]),
+        "optimizer": size([*masters, *(t for state in base.state.values() for t in state.values())]),
+    }
 
 
 def largest_gradients(engine: Engine) -> dict[str, float]:
