@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,10 @@ def replay(
 ) -> dict[str, Any]:
     """A replay, and its report."""
     with replaced(NvlmD, "forward", _breaking([(source, row) for source, row in broken])):
-        found = run_again(load_recipe(recipe, overrides), Path(file))
+        try:
+            found = run_again(load_recipe(recipe, overrides), Path(file))
+        except NvlmError as error:
+            return {"error": str(error)}
     first = found.first_broken
     return {
         "same": found.same,
@@ -123,5 +125,5 @@ def replay(
         "written": found.written,
         "between": found.steps_between,
         "gradients": found.gradients,
-        "report": report(replace(found)),
+        "report": report(found),
     }
