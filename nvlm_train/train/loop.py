@@ -173,16 +173,9 @@ def _run(
             waits.control += time.perf_counter() - ended
             waited, collective_wait = waits.take(), collectives.take()
             skipped = not math.isfinite(grad_norm)  # and nothing was updated
+            assert skipped or math.isfinite(loss), f"step {progress.step + 1} was trained with a loss of {loss}"
             if skipped:
-                drawn = plan.steps.data_step(data.step) + 1
-                file = nonfinite.write_down(
-                    run, world, data, losses, loss=loss, data_step=drawn, recipe_hash=resolved.recipe_hash
-                )
-                if not nonfinite.may_go_on(recipe, progress.nonfinite_in_a_row + 1):
-                    if progress.step and progress.step not in checkpoint.committed_steps(run):
-                        position = plan.state(progress.step)
-                        state.save(built, run, progress, recipe, resolved, position, prune=False)
-                    nonfinite.stop(recipe, run, data.step + 1, drawn, loss, file)
+                nonfinite.leave_out(recipe, resolved, built, plan, progress, run, data, losses, loss)
             step.advance(progress, counts, skipped=skipped)
             clock.stop("step")
             watch.alive()
@@ -191,24 +184,27 @@ def _run(
 
             if logged or skipped:
                 seconds, since = time.monotonic() - since, time.monotonic()
-                record = _record(progress, counts, loss, grad_norm, rates)
-                record |= {"seconds": seconds, "tokens_per_s": tokens / seconds, "tiles_per_s": tiles / seconds}
-                record["data_step"] = plan.steps.data_step(data.step) + 1
-                if skipped:
-                    record["skipped"] = True
-                record["balance"] = {unit: round(ratio, 4) for unit, ratio in plan.balance(data.step)._asdict().items()}
-                record["time"] = {part: round(value, 4) for part, value in clock.take().items()}
-                record["peak_memory_gib"] = round(peak_memory_gib(world.device), 3)
+                spent, times = clock.take(), []
                 if logged and world.world_size > 1:
                     compute = ended - began - collective_wait
                     times = gather_times(world, RankTimes(compute, waited.data, collective_wait + waited.control))
-                    slow = stragglers.look(times, planned_work(plan.deal_step(data.step)))
-                    record["ranks"] = summary(times)
-                    if slow:
-                        record["straggler"] = slow
                 if metrics is not None and console is not None:
+                    record = _record(progress, counts, loss, grad_norm, rates)
+                    record |= {"seconds": seconds, "tokens_per_s": tokens / seconds, "tiles_per_s": tiles / seconds}
+                    record["data_step"] = plan.steps.data_step(data.step) + 1
+                    record["balance"] = {
+                        unit: round(ratio, 4) for unit, ratio in plan.balance(data.step)._asdict().items()
+                    }
+                    record["time"] = {part: round(value, 4) for part, value in spent.items()}
+                    record["peak_memory_gib"] = round(peak_memory_gib(world.device), 3)
+                    if skipped:
+                        record["skipped"] = True
+                    if times:
+                        record["ranks"] = summary(times)
+                    if slow := stragglers.look(times, planned_work(plan.deal_step(data.step))):
+                        record["straggler"] = slow
                     _publish(metrics, console, sinks, record)
-                    for news in stragglers.news(record.get("straggler", [])):
+                    for news in stragglers.news(slow):
                         log.warning("%s", news)
                 tokens = tiles = 0
 

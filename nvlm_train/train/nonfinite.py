@@ -13,18 +13,44 @@ from typing import Any, NoReturn
 
 from nvlm_train import checkpoint
 from nvlm_train.data.loader import StepData
+from nvlm_train.data.plan import DataPlan
 from nvlm_train.engine import dist
 from nvlm_train.errors import NvlmError
+from nvlm_train.recipe.resolve import Resolved
 from nvlm_train.recipe.schema import Recipe
+from nvlm_train.train import state
 
 
-def write_down(
-    run: Path, world: dist.World, data: StepData, losses: list[float], *, loss: float, data_step: int, recipe_hash: str
-) -> Path:
-    """Writes RUN/nonfinite/step_N.json, all that `train --replay` needs to know. Every rank calls it.
+def leave_out(
+    recipe: Recipe,
+    resolved: Resolved,
+    built: state.Built,
+    plan: DataPlan,
+    progress: state.Progress,
+    run: Path,
+    data: StepData,
+    losses: list[float],
+    loss: float,
+) -> None:
+    """Writes a broken step down; returns where the run goes on. Every rank calls it, before the step is counted.
 
     losses: this rank's sums, of each micro-step. loss: the step's mean over its trained tokens.
+    Raises NvlmError where the run stops, after it has saved the state before the step; no older checkpoint goes then.
     """
+    world, drawn = built.engine.world, plan.steps.data_step(data.step) + 1
+    file = _write_down(run, world, data, losses, loss=loss, data_step=drawn, recipe_hash=resolved.recipe_hash)
+    if recipe.on_nonfinite == "skip" and progress.nonfinite_in_a_row + 1 < recipe.max_nonfinite_steps:
+        return
+    saved = dist.gather(world, checkpoint.committed_steps(run))[0]  # as rank 0 sees the folder
+    if progress.step and progress.step not in saved:
+        state.save(built, run, progress, recipe, resolved, plan.state(progress.step), prune=False)
+    _stop(recipe, run, data.step + 1, drawn, loss, file)
+
+
+def _write_down(
+    run: Path, world: dist.World, data: StepData, losses: list[float], *, loss: float, data_step: int, recipe_hash: str
+) -> Path:
+    """Writes RUN/nonfinite/step_N.json, all that `train --replay` needs to know."""
     step = data.step + 1
     own = [
         {"loss": repr(value), "samples": [list(ref) for ref in batch.samples]}  # JSON has no NaN; repr keeps every bit
@@ -41,12 +67,7 @@ def write_down(
     return file
 
 
-def may_go_on(recipe: Recipe, in_a_row: int) -> bool:
-    """Whether the run goes on after so many broken steps in a row, this one included."""
-    return recipe.on_nonfinite == "skip" and in_a_row < recipe.max_nonfinite_steps
-
-
-def stop(recipe: Recipe, run: Path, step: int, data_step: int, loss: float, file: Path) -> NoReturn:
+def _stop(recipe: Recipe, run: Path, step: int, data_step: int, loss: float, file: Path) -> NoReturn:
     """Raises what a broken step ends the run with; the state before it has been saved."""
     what = (
         f"loss is {loss}" if loss != loss or abs(loss) == float("inf") else f"the gradient is not finite (loss {loss})"

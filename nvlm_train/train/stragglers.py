@@ -62,12 +62,14 @@ class Stragglers:
 
         Of an even number of ranks the lower median counts: of two, one may be slow.
         """
+        if not times:
+            return []
         own = [found.compute + found.data_wait for found in times]
         median, usual = statistics.median_low(own), statistics.median_low(work)
         named = []
         for rank, seconds in enumerate(own):
             more_work = max(1.0, work[rank] / usual) if usual else 1.0
-            if len(own) == 1 or seconds <= max(RATIO * median * more_work, median + _LEAST_S):
+            if seconds <= max(RATIO * median * more_work, median + _LEAST_S):
                 del self._in_a_row[rank]
                 continue
             self._in_a_row[rank] += 1

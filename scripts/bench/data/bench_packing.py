@@ -229,8 +229,8 @@ def markdown(results: list[dict[str, Any]], head: str) -> str:
             f"## {found['accounting']}, {found['text_share']:.0%} text, packs of {found['pack_tokens']} tokens{tiles} "
             f"(mean sample {found['mean_tokens']:.0f} tokens, {found['mean_tiles']:.2f} tiles)",
             "",
-            "| packing | full % | used %, as they come | used %, dealt by cost | decoder, as they come | decoder, by cost | "
-            "tiles, as they come | tiles, by cost | us a sample | slower |",
+            "| packing | full % | used %, as they come | used %, dealt by cost | decoder, as they come | "
+            "decoder, by cost | tiles, as they come | tiles, by cost | us a sample | slower |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for name, row in found["methods"].items():
