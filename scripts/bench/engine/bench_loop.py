@@ -156,10 +156,13 @@ def start_part(recipe: Path, out: Path, starts: int) -> dict[str, Any]:
     import torch
 
     from nvlm_train.data.plan import open_data
+    from nvlm_train.engine import dist
+    from nvlm_train.engine.launch import resolve_launch
     from nvlm_train.recipe.load import load_recipe
     from nvlm_train.train import loop, step
 
     torch.set_num_threads(1)
+    dist.start(resolve_launch(), timeout_s=600)  # a group that trainings find and leave as it is
     original = step.advance
     ended: list[float] = []
 
@@ -271,7 +274,7 @@ def mixed_part(steps: int) -> dict[str, Any]:
             model = make()
         groups = parameter_groups(model.named_parameters(), optimizer, dict.fromkeys(schema.Train.model_fields, 1e-4))
         engines[name] = zero.build(model, build_optimizer(groups, optimizer, "cpu"), settings, world)
-    own = sum(1 for name, _ in engines["whole"].trainable() if name.startswith("projector"))
+    own = len({name.rsplit(".", 1)[0] for name, _ in engines["whole"].trainable() if name.startswith("projector")})
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     per_micro_step: dict[str, list[int]] = {name: [] for name in engines}
     for number in range(steps + DROPPED):
@@ -294,7 +297,7 @@ def mixed_part(steps: int) -> dict[str, Any]:
         "collectives_decoder_alone": per_micro_step["decoder"][-1],
         "collectives_whole_model": per_micro_step["whole"][-1],
         "extra_collectives": per_micro_step["whole"][-1] - per_micro_step["decoder"][-1],
-        "projector_parameters": own,
+        "projector_modules": own,
     }
     dist.stop(world)
     return found
@@ -313,7 +316,8 @@ def markdown(found: dict[str, Any]) -> str:
     mixed_ratio = f"{mixed['step_time_ratio']:.3f} ({spread(mixed['step_time_ratio_range'])})"
     collectives = (
         f"{mixed['extra_collectives']} ({mixed['collectives_whole_model']} beside "
-        f"{mixed['collectives_decoder_alone']}; the projector has {mixed['projector_parameters']} parameters)"
+        f"{mixed['collectives_decoder_alone']}; the projector's {mixed['projector_modules']} modules are gathered in "
+        "forward and in backward)"
     )
     starts = [start[f"{name}_s"] for name in ("beginning", "position_10", "position_10_million")]
     return "\n".join(
