@@ -42,6 +42,11 @@ def open_branch(path: str, skip: Sequence[Stretch]) -> Branch:
     skip: stretches of data steps, counted as `data_step` in the metrics of the run behind `path`.
     Raises CheckpointError where there is no such checkpoint, RecipeError where it was trained on what is to be skipped.
     """
+    if not Path(path).name.startswith("step_"):
+        raise RecipeError(
+            f"--from {path}: names a run, whose newest checkpoint will be another one tomorrow; name one: "
+            f"{Path(path) / 'step_N'}"
+        )
     folder = checkpoint.find_step(path)
     content = checkpoint.read_json(folder.parent / "recipe.json")
     step = int(checkpoint.read_json(folder / "state.json")["step"])

@@ -210,6 +210,8 @@ def test_data_that_was_trained_on_cannot_be_left_out(stopped: tuple[Path, str]) 
     origin, _ = stopped
     with pytest.raises(RecipeError, match=r"up to 4 already; go on from a checkpoint before step 4 \(step_3 is\)"):
         open_branch(str(origin / "step_4"), [(4, 6)])
+    with pytest.raises(RecipeError, match="names a run, whose newest checkpoint will be another one tomorrow"):
+        open_branch(str(origin), [])
     with pytest.raises(CheckpointError, match="does not exist"):
         open_branch(str(origin / "step_2"), [])
 

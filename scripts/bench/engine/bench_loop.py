@@ -169,8 +169,11 @@ def start_part(recipe: Path, out: Path, starts: int) -> dict[str, Any]:
     def advance(*args: Any, **kwargs: Any) -> None:
         ended.append(time.perf_counter())
         original(*args, **kwargs)
+        if len(ended) == 9:  # the steps of `near`: the next one is the last
+            (near / "stop").touch()
 
     step.advance = advance
+    near = out / "near"
     small = ["global_batch.samples=2", "data.num_threads=1"]
 
     def first_step(run: Path) -> float:
@@ -183,17 +186,10 @@ def start_part(recipe: Path, out: Path, starts: int) -> dict[str, Any]:
 
     index = [f"data.index_dir={out / 'index'}"]  # built once; it is no part of a resume
     small += index
-    near = out / "near"
-    near.mkdir(parents=True)
-    for _ in range(10):
-        if (near / "step_10").exists():
-            break
-        first_step(near)
+    loop.train(load_recipe(recipe, [*small, f"output_dir={near}"]))  # ten steps
     far = out / "far"
     shutil.copytree(near, far)
     (far / "step_10").rename(far / f"step_{FAR}")
-    for folder in far.glob("step_?"):
-        shutil.rmtree(folder)
     state_file = far / f"step_{FAR}" / "state.json"
     state = json.loads(state_file.read_text())
     plan = open_data(load_recipe(recipe, [*small, f"output_dir={far}"]).recipe, rank=0, world_size=1)
