@@ -886,6 +886,21 @@ class Recipe(Section):
     )
     optimizer: Optimizer = key(doc="AdamW and its learning rates.")
     schedule: Schedule = key(Schedule(), doc="Learning-rate schedule.", resume="ask")
+    on_nonfinite: Literal["stop", "skip"] = key(
+        "stop",
+        doc="What a step with a loss or gradient that is not finite does, on all ranks alike; it never changes a "
+        "weight. stop: save the state before it and end. skip: go on with the next one.",
+        resume="free",
+    )
+    max_nonfinite_steps: int = key(
+        5, doc="With on_nonfinite: skip, so many such steps in a row stop the run all the same.", ge=1, resume="free"
+    )
+    worst_case_first: bool = key(
+        True,
+        doc="Run the heaviest packs of the plan forward and backward before the first step, and discard them: what "
+        "does not fit into memory shows in the first minute.",
+        resume="free",
+    )
     precision: Literal["bf16", "fp32"] = key("bf16", doc="Type of weights and activations; master weights are fp32.")
     activation_checkpointing: Literal["none", "full"] = key(
         "none", doc="full: recompute each decoder layer in the backward pass.", resume="free"
