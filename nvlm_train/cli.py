@@ -490,7 +490,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = rank_from_environment()
         # every rank finds the same mistake: one of them tells it whole
         print(f"error: {error}" if rank == 0 else f"[rank {rank}] error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -11,6 +11,8 @@ from __future__ import annotations
 class NvlmError(Exception):
     """Something the user can put right; the message is all that is shown."""
 
+    exit_code = 2
+
 
 class RecipeError(NvlmError):
     """A recipe that cannot be read, is not valid, or does not fit the run directory it names."""
@@ -26,3 +28,9 @@ class CheckpointError(NvlmError):
 
 class SetupError(NvlmError):
     """The environment: launcher variables, devices, packages, disk space."""
+
+
+class LostRankError(NvlmError):
+    """A rank that no longer answers. Nothing is wrong with what the user wrote: the job may be started again."""
+
+    exit_code = 1

@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,10 @@ def _slices(offset: float = 0.0) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def _save(run: Path, step: int, offset: float = 0.0) -> Path:
+def _save(run: Path, step: int, offset: float = 0.0, kinds: Sequence[str] = ("step",)) -> Path:
+    state = {"adam_step": step}
     return checkpoint.save(
-        run,
-        step,
-        _slices(offset),
-        SHAPES,
-        {"adam_step": step},
-        rank=0,
-        world_size=1,
-        control=None,
-        gather=lambda v: [v],
+        run, step, _slices(offset), SHAPES, state, rank=0, world_size=1, gather=lambda v: [v], kinds=kinds
     )
 
 

@@ -27,6 +27,7 @@ from nvlm_train.recipe.schema import Recipe
 from nvlm_train.train import announce, state
 from nvlm_train.train.loss import tower_features
 from nvlm_train.train.metrics import Clock, Console, MetricsFile, Sink, open_sinks, peak_memory_gib
+from nvlm_train.train.saving import Saver
 from nvlm_train.train.stop import StopRequest
 from nvlm_train.train.validation import ValidationResult, validate
 from nvlm_train.train.watch import HangWatch
@@ -67,7 +68,7 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
         progress = state.restore(built, start.checkpoint) if start.checkpoint else state.Progress()
         with dist.agreed(world, "writing the run's files"):
             if launch.rank == 0:
-                checkpoint.clear_leftovers(start.run)
+                checkpoint.set_leftovers_aside(start.run)
                 state.set_aside(start)
                 state.write_run_files(start, recipe, resolved, attempt)
         if _stopped_early(recipe, progress):
@@ -133,6 +134,7 @@ def _run(
     console = Console(progress.step, num_steps) if rank0 else None
     config = {"recipe_hash": resolved.recipe_hash, **recipe_to_dict(recipe)}
     sinks = open_sinks(recipe.log.to, run, recipe.run_name, recipe.log.wandb_project, config) if rank0 else []
+    saver = Saver(built, run, recipe, resolved, console.say if console is not None else lambda text: None, watch.alive)
     loader = StepLoader(plan, start_step=progress.step, end_step=num_steps)
     clock = Clock(world.device)
     since, tokens, tiles = time.monotonic(), 0, 0  # of the steps since the last line of metrics
@@ -149,13 +151,15 @@ def _run(
             rates = _set_rates(recipe, resolved, built, progress.step)
             losses, grad_norm = _step(recipe, world, built, data, counts["trained_tokens"], clock)
             stop_asked, save_asked = stop.asked()
-            asked = [sum(losses), float(stop_asked), float(save_asked)]
-            loss, stops, saves = dist.sum_over_ranks(world, asked, torch.float64)
+            asked = [sum(losses), float(stop_asked), float(save_asked), *saver.votes()]
+            loss, stops, saves, *votes = dist.sum_over_ranks(world, asked, torch.float64)
             loss = loss / counts["trained_tokens"] if counts["trained_tokens"] else math.nan
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                saver.finish()
                 _stop_for_non_finite(world, loss, grad_norm, progress.step + 1, data, losses, run)
             _advance(progress, counts)
             clock.stop("step")
+            saver.agree(votes)
             watch.alive()
             last = progress.step == num_steps
             tokens, tiles = tokens + counts["tokens"], tiles + counts["tiles"]
@@ -181,21 +185,25 @@ def _run(
                 improved, early = _validate(recipe, world, built, plan, progress, metrics, console, sinks)
                 watch.alive()
 
-            if last or stops or saves or improved or early or progress.step % recipe.checkpoint.every_steps == 0:
-                began = time.monotonic()
-                path = state.save(built, run, progress, recipe, resolved, plan.state(progress.step))
-                watch.alive()
-                if console is not None:
-                    console.say(f"saved {path} in {time.monotonic() - began:.1f} s")
+            saver.save_if_due(
+                progress,
+                plan.state,
+                asked=bool(saves),
+                best=improved,
+                final=last or bool(stops) or early,
+            )
             if stops or early:
                 if console is not None:
                     why = f"asked by {stop.reason or 'another rank'}" if stops else "validation no longer improves"
-                    console.say(f"stopped after step {progress.step} of {num_steps}: {why}; saved {path}")
+                    console.say(
+                        f"stopped after step {progress.step} of {num_steps}: {why}; saved {run}/step_{progress.step}"
+                    )
                 stop.forget_file()
                 break
             since = time.monotonic() if progress.step % recipe.log.every_steps == 0 else since  # not of the next steps
             clock.start()
     finally:
+        saver.close()
         loader.close()
         if built.cache is not None:
             log.info("%s", built.cache.summary())

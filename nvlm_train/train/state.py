@@ -82,7 +82,7 @@ class Start:
     step: int  # 0: from `init_from`
     changes: list[str]  # keys that differ from the last attempt, allowed
     resume: str = "auto"
-    later: list[int] = field(default_factory=list)  # complete checkpoints after `step`, to be set aside
+    later: list[str] = field(default_factory=list)  # complete checkpoints after `step`, to be set aside
 
     @property
     def checkpoint(self) -> Path | None:
@@ -126,9 +126,14 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
         step = int(resume.removeprefix("step_"))
         if step not in steps:
             there = ", ".join(f"step_{n}" for n in steps) or "none"
+            if step in checkpoint.committed_steps(run, "weights"):
+                there += f" (weights_{step} holds bf16 weights alone, which a new run can start from: init_from.run)"
             raise RecipeError(f"--resume {resume}: '{run}' has no complete checkpoint of that step; there are: {there}")
     changes = [str(difference.key) for difference in differences]
-    return Start(run, step, changes, resume, [n for n in steps if n > step])
+    later = [f"step_{n}" for n in steps if n > step]
+    if resume == f"step_{step}":
+        later = [f"weights_{n}" for n in checkpoint.committed_steps(run, "weights") if n > step] + later
+    return Start(run, step, changes, resume, later)
 
 
 def set_aside(start: Start) -> None:
@@ -142,9 +147,9 @@ def set_aside(start: Start) -> None:
     metrics = start.run / "metrics.jsonl"
     if metrics.exists():
         shutil.copy2(metrics, folder / metrics.name)
-    for step in reversed(start.later):  # the newest first: interrupted, the rest is still a run without a gap
-        (start.run / f"step_{step}").rename(folder / f"step_{step}")
-    log.info("set aside %s in %s", ", ".join(f"step_{step}" for step in start.later), folder)
+    for name in reversed(start.later):  # the newest first: interrupted, the rest is still a run without a gap
+        (start.run / name).rename(folder / name)
+    log.info("set aside %s in %s", ", ".join(start.later), folder)
 
 
 def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance: dict[str, Any]) -> None:
@@ -331,14 +336,12 @@ class _Prefixed(torch.nn.Module):
 # ------------------------------------------------------------------------------------------------------ save, restore
 
 
-def save(built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: Resolved, data: dict[str, Any]) -> Path:
-    """Saves a checkpoint of the state after `progress.step`; every rank calls it. See `checkpoint.save`.
+def describe(built: Built, resolved: Resolved, progress: Progress, data: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's state.json says of the state after `progress.step`, beside shapes and files.
 
     data: where the data stands (`DataPlan.state`).
     """
-    world = built.engine.world
-    shapes = {name: tuple(full_shape(parameter)) for name, parameter in built.engine.trainable()}
-    state = {
+    return {
         "recipe_hash": resolved.recipe_hash,
         "data_fingerprint": data["fingerprint"],
         "data": data,
@@ -350,21 +353,6 @@ def save(built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: 
         ],
         "progress": vars(progress),
     }
-    path = checkpoint.save(
-        run,
-        progress.step,
-        zero.read_slices(built.engine),
-        shapes,
-        state,
-        rank=world.rank,
-        world_size=world.world_size,
-        control=world.control,
-        gather=lambda value: dist.gather(world, value),
-    )
-    if world.rank == 0:
-        keep = [] if progress.best_step is None else [progress.best_step]
-        checkpoint.prune(run, recipe.checkpoint.keep_last, keep)
-    return path
 
 
 def restore(built: Built, path: Path) -> Progress:
@@ -373,6 +361,8 @@ def restore(built: Built, path: Path) -> Progress:
     with dist.agreed(world, f"reading {path}"):
         opened = checkpoint.Checkpoint(path)
         opened.verify_checksums(world.rank, world.world_size)
+        if opened.kind != "step":
+            raise CheckpointError(f"{path} holds bf16 weights alone and cannot be resumed; name it in init_from.run")
     names = {name: full_shape(parameter) for name, parameter in built.engine.trainable()}
     problems = [f"{name}: not in the checkpoint" for name in sorted(set(names) - set(opened.shapes))]
     problems += [f"{name}: not trained by this recipe" for name in sorted(set(opened.shapes) - set(names))]
