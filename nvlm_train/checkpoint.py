@@ -309,6 +309,7 @@ class Save:
         self._thread.start()
 
     def _prepare(self) -> None:
+        self.run.mkdir(parents=True, exist_ok=True)
         set_leftovers_aside(self.run)
         parameters = sum(shape.numel() for shape in self.shapes.values())
         _require_space(self.run, parameters * sum(map(bytes_per_parameter, self.kinds)))
@@ -435,14 +436,10 @@ def save(
     slices: Mapping[str, Mapping[str, Tensor]],
     shapes: Mapping[str, Iterable[int]],
     state: Mapping[str, Any],
-    *,
-    rank: int,
-    world_size: int,
-    gather: Callable[[Any], list[Any]],
-    kinds: Sequence[str] = ("step",),
+    **more: Any,
 ) -> Path:
-    """Saves RUN/step_N and waits until it is there. See `Save`."""
-    saving = Save(run, step, shapes, state, rank=rank, world_size=world_size, gather=gather, kinds=kinds)
+    """Saves RUN/step_N and waits until it is there. See `Save`, which is given the rest."""
+    saving = Save(run, step, shapes, state, **more)
     saving.begin(slices)
     saving.wait()
     return saving.paths[0]
@@ -663,6 +660,11 @@ class Checkpoint:
         shape = self.shapes[name]
         return self.read_many({(name, "master"): (0, shape.numel())})[name, "master"].view(shape)
 
+    def read_slice(self, name: str, begin: int, end: int) -> Tensor:
+        """Elements begin to end of the flattened `read_master`, cut where it ends; only they are read."""
+        end = min(end, self.shapes[name].numel())
+        return self.read_many({(name, "master"): (min(begin, end), end)})[name, "master"]
+
 
 # --------------------------------------------------------------------------------------------- all weights of a run
 
@@ -671,6 +673,7 @@ def write_base(
     run: Path,
     frozen: Mapping[str, str],
     *,
+    copy: bool = False,
     rank: int = 0,
     world_size: int = 1,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
@@ -678,8 +681,9 @@ def write_base(
     """Writes RUN/base.json: where each frozen weight comes from. On a later start: checks that it is still the same.
 
     frozen: {our name: "FILE:KEY"} for a tensor of a safetensors file, {our name: "RUN/step_N:NAME"} for a weight that
-    an earlier run of ours trained. Every rank calls it and hashes its share of the files. Files may have moved; raises
-    CheckpointError, on every rank, where their content differs.
+    an earlier run of ours trained. copy: they are copied to RUN/base as well, once. Every rank calls it and hashes and
+    copies its share of the files. Files may have moved, and be gone where there is a copy; raises CheckpointError, on
+    every rank, where their content differs.
     """
     path = run / "base.json"
     split = {name: where.rsplit(":", 1) for name, where in frozen.items()}
@@ -691,11 +695,16 @@ def write_base(
         known = before["files"] if before is not None else {}
         with ThreadPoolExecutor(4) as pool:
             own = files[rank::world_size]
-            mine = dict(zip(own, pool.map(lambda file: _identity(file, known.get(file)), own), strict=True))
+            mine = dict(zip(own, pool.map(lambda file: _identity(run, file, known.get(file)), own), strict=True))
     entries = {file: entry for part in gather(mine) for file, entry in part.items()}
     tensors = {name: {"file": place, "key": key} for name, (place, key) in sorted(places.items())}
     if before is not None:
         _require_same_base(run, before, entries, tensors)
+    with _together(gather, rank, f"copying the frozen weights of {run}"):
+        copies = {file: _copy(run, file, entries[file]) for file in mine} if copy else {}
+    for part in gather(copies):
+        for file, place in part.items():
+            entries[file]["copy"] = place
     with _together(gather, rank, f"writing {path}"):
         if rank == 0:
             write_json(path, {"format": FORMAT, "files": entries, "tensors": tensors})
@@ -718,9 +727,44 @@ def _require_same_base(
         )
 
 
-def _identity(place: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
+def _copy(run: Path, place: str, entry: Mapping[str, Any]) -> str:
+    """Copies a file or a checkpoint of frozen weights below RUN/base; returns where, relative to RUN. Done once."""
+    target = run / "base" / entry["sha256"][:16] / Path(place).name
+    if not target.exists():
+        source = Path(place)
+        size = sum(file.stat().st_size for file in ([source] if source.is_file() else source.rglob("*")))
+        if (free := shutil.disk_usage(run).free) < size:
+            raise OSError(errno.ENOSPC, f"{place} needs {size / 2**30:.2f} GiB, {run} has {free / 2**30:.2f} GiB free")
+        log.info("copying %s to %s, %.1f MB", place, target, size / 1e6)
+        half = target.with_name(target.name + ".tmp")
+        if half.is_dir():
+            shutil.rmtree(half)
+        half.parent.mkdir(parents=True, exist_ok=True)
+        if entry["kind"] == "file":
+            shutil.copyfile(place, half)
+        else:
+            shutil.copytree(place, half)
+        for file in [half, *half.rglob("*")]:
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if sha256(_identity_file(str(half))) != entry["sha256"]:
+            raise CheckpointError(f"the copy of {place} in {half} differs from it; look at the file system of {run}")
+        os.replace(half, target)
+        _sync_folder(target.parent)
+        if entry["kind"] == "run":
+            Checkpoint(target).verify_checksums()
+    return str(target.relative_to(run))
+
+
+def _identity(run: Path, place: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
     """Size, time and SHA-256 of a safetensors file; of a checkpoint those of its state.json, which holds all sums."""
     file = _identity_file(place)
+    if not file.is_file() and known is not None and "copy" in known:
+        copied = _identity_file(str(run / known["copy"]))
+        if not copied.is_file() or sha256(copied) != known["sha256"]:
+            raise CheckpointError(f"{copied}, the run's copy of {place}, is missing or has changed")
+        return dict(known)
     found = file.stat()
     if known is not None and (known["bytes"], known["mtime_ns"]) == (found.st_size, found.st_mtime_ns):
         return dict(known)  # 150 GB need not be read again at every start
@@ -750,10 +794,16 @@ class CheckpointWeights:
         self.trained = set(self.checkpoint.shapes)
         self._frozen: dict[str, dict[str, str]] = base["tensors"]
         self._runs = {place for place, entry in base["files"].items() if entry["kind"] == "run"}
-        self._earlier: dict[str, CheckpointWeights] = {}
+        copies = {
+            place: str(self.checkpoint.run / entry["copy"]) for place, entry in base["files"].items() if "copy" in entry
+        }
+        self.self_contained = set(copies) == set(base["files"])  # needs no other folder than the run's
+        self._copies = copies
+        self._earlier: dict[str, Checkpoint] = {}
         self._open: dict[str, Any] = {}
         wrong = []
         for file, entry in base["files"].items():
+            file = copies.get(file, file)
             path_ = _identity_file(file)
             if not path_.is_file():
                 wrong.append(f"{file} is missing")
@@ -771,26 +821,25 @@ class CheckpointWeights:
         if name in self.trained:
             return self.checkpoint.shapes[name]
         earlier, entry = self._frozen_place(name)
-        return earlier.shape(entry["key"]) if earlier else torch.Size(self._slice(entry).get_shape())
+        return earlier.shapes[entry["key"]] if earlier else torch.Size(self._slice(entry).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
         if name in self.trained:
             return self.checkpoint.dtype
         earlier, entry = self._frozen_place(name)
-        return earlier.dtype(entry["key"]) if earlier else self._file(entry["file"]).get_slice(entry["key"])[0:0].dtype
+        return earlier.dtype if earlier else self._file(entry["file"]).get_slice(entry["key"])[0:0].dtype
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, in the dtype in which it is stored."""
         if name in self.trained:
             return self.checkpoint.read_master(name)
         earlier, entry = self._frozen_place(name)
-        return earlier.read(entry["key"]) if earlier else self._file(entry["file"]).get_tensor(entry["key"])
+        return earlier.read_master(entry["key"]) if earlier else self._file(entry["file"]).get_tensor(entry["key"])
 
     def read_slice(self, name: str, begin: int, end: int) -> Tensor:
         """Elements begin to end of the flattened tensor; of a trained one only they are read."""
         if name in self.trained:
-            end = min(end, self.checkpoint.shapes[name].numel())
-            return self.checkpoint.read_many({(name, "master"): (min(begin, end), end)})[name, "master"]
+            return self.checkpoint.read_slice(name, begin, end)
         earlier, entry = self._frozen_place(name)
         return earlier.read_slice(entry["key"], begin, end) if earlier else self.read(name).flatten()[begin:end]
 
@@ -801,20 +850,21 @@ class CheckpointWeights:
         entry = self._frozen[name]
         return f"{entry['file']}:{entry['key']}"
 
-    def _frozen_place(self, name: str) -> tuple[CheckpointWeights | None, dict[str, str]]:
+    def _frozen_place(self, name: str) -> tuple[Checkpoint | None, dict[str, str]]:
         try:
             entry = self._frozen[name]
         except KeyError:
             raise CheckpointError(f"{self.path} holds no weight named {name}") from None
         if entry["file"] not in self._runs:
             return None, entry
-        if entry["file"] not in self._earlier:
-            self._earlier[entry["file"]] = CheckpointWeights(entry["file"])
-        return self._earlier[entry["file"]], entry
+        place = self._copies.get(entry["file"], entry["file"])
+        if place not in self._earlier:
+            self._earlier[place] = Checkpoint(place)
+        return self._earlier[place], entry
 
     def _file(self, file: str) -> Any:
         if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
+            self._open[file] = safe_open(self._copies.get(file, file), framework="pt")
         return self._open[file]
 
     def _slice(self, entry: dict[str, str]) -> Any:

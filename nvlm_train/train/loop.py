@@ -48,7 +48,7 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     if _is_complete(start, resolved.num_steps):
         return 0
 
-    weights = state.open_weights(recipe)
+    weights = state.open_weights(recipe, start)
     account = state.account_for_weights(recipe, weights)
     attempt = announce.provenance(launch)
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size)
@@ -61,7 +61,7 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     try:
         dist.barrier(world)  # every rank has looked at the run directory; only now may it change
         frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
-        state.write_base(start.run, frozen, world)
+        state.write_base(start.run, frozen, recipe.checkpoint.base == "copy", world)
         if not start.step:
             state.verify_earlier_run(recipe, world)
         built = state.build(recipe, resolved, world, weights, skip_trained=start.step > 0)

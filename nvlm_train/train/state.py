@@ -82,6 +82,7 @@ class Start:
     step: int  # 0: from `init_from`
     changes: list[str]  # keys that differ from the last attempt, allowed
     resume: str = "auto"
+    new_init_from: bool = False  # init_from is not what the last attempt had
     later: list[str] = field(default_factory=list)  # complete checkpoints after `step`, to be set aside
 
     @property
@@ -133,7 +134,8 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
     later = [f"step_{n}" for n in steps if n > step]
     if resume == f"step_{step}":
         later = [f"weights_{n}" for n in checkpoint.committed_steps(run, "weights") if n > step] + later
-    return Start(run, step, changes, resume, later)
+    moved = content["recipe"].get("init_from") != recipe_to_dict(recipe)["init_from"]
+    return Start(run, step, changes, resume, moved, later)
 
 
 def set_aside(start: Start) -> None:
@@ -156,14 +158,15 @@ def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance
     """Writes RUN/recipe.json; earlier attempts stay listed in it."""
     start.run.mkdir(parents=True, exist_ok=True)
     path = start.run / "recipe.json"
-    attempts = checkpoint.read_json(path)["attempts"] if path.exists() else []
+    before = checkpoint.read_json(path) if path.exists() else {}
+    attempts = before.get("attempts", [])
     went_back = start.resume if start.resume.startswith("step_") else None
     attempts.append({"from_step": start.step, "changed": start.changes, "resume": went_back, **provenance})
     content = {
         "format": checkpoint.FORMAT,
         "recipe_hash": resolved.recipe_hash,
         "recipe": recipe_to_dict(recipe),
-        "earlier_run": _earlier_run(recipe),
+        "earlier_run": before.get("earlier_run") if start.step and not start.new_init_from else _earlier_run(recipe),
         "attempts": attempts,
     }
     checkpoint.write_json(path, content)
@@ -183,12 +186,17 @@ def _earlier_run(recipe: Recipe) -> dict[str, Any] | None:
     }
 
 
-def write_base(run: Path, frozen: dict[str, str], world: dist.World) -> None:
+def write_base(run: Path, frozen: dict[str, str], copy: bool, world: dist.World) -> None:
     """Writes or checks RUN/base.json; every rank hashes its share of the files. See `checkpoint.write_base`."""
     with dist.agreed(world, f"making {run}"):
         run.mkdir(parents=True, exist_ok=True)
     checkpoint.write_base(
-        run, frozen, rank=world.rank, world_size=world.world_size, gather=lambda value: dist.gather(world, value)
+        run,
+        frozen,
+        copy=copy,
+        rank=world.rank,
+        world_size=world.world_size,
+        gather=lambda value: dist.gather(world, value),
     )
 
 
@@ -230,8 +238,16 @@ class _Only:
         return getattr(self._weights, attribute)
 
 
-def open_weights(recipe: Recipe) -> Weights:
-    """What `init_from` names, as one: folders first, an earlier run's trained modules in place of theirs."""
+def open_weights(recipe: Recipe, start: Start) -> Weights:
+    """What `init_from` names, as one: folders first, an earlier run's trained modules in place of theirs.
+
+    A run that has copies of its frozen weights (`checkpoint.base`) goes on from them, as long as init_from names the
+    same: the folders may be gone.
+    """
+    if start.checkpoint is not None and not start.new_init_from:
+        own = checkpoint.open_checkpoint(start.checkpoint)
+        if own.self_contained:
+            return own
     parts: list[Weights] = []
     earlier = None
     if recipe.init_from.run is not None:

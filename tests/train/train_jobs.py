@@ -62,20 +62,19 @@ def train_with_full_disk(
     """Trains; the disk is full for one rank in its n-th save."""
     from nvlm_train import checkpoint
 
-    original, saves = checkpoint.sha256, [0]
+    original, saves = checkpoint._write_parts, [0]
 
-    def sha256(path: Any) -> str:
-        if path.name.startswith(f"__{rank}_"):
-            saves[0] += 1
-            if rank == on_rank and saves[0] == save_number:
-                raise OSError(28, "No space left on device", str(path))
-        return original(path)
+    def write_parts(path: Any, *args: Any) -> Any:
+        saves[0] += 1
+        if rank == on_rank and saves[0] == save_number:
+            raise OSError(28, "No space left on device", str(path))
+        return original(path, *args)
 
-    checkpoint.sha256 = sha256
+    checkpoint._write_parts = write_parts
     try:
         return train(rank=rank, world_size=world_size, recipe=recipe, overrides=overrides)
     finally:
-        checkpoint.sha256 = original
+        checkpoint._write_parts = original
 
 
 def train_with_broken_sink(
