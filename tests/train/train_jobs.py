@@ -27,7 +27,7 @@ def train(
     try:
         return loop.train(load_recipe(recipe, overrides), resume, list(accept)), ""
     except NvlmError as error:
-        return 2, f"{type(error).__name__}: {error}"
+        return error.exit_code, f"{type(error).__name__}: {error}"
 
 
 def train_with_signal(
@@ -123,3 +123,38 @@ def train_with_error(
         return f"{type(error).__name__}: {error}"
     finally:
         loop.StepLoader.__next__, validation.validation_batches = original_next, original_batches
+
+
+def train_with_slow_writing(
+    *,
+    rank: int,
+    world_size: int,
+    recipe: str,
+    overrides: Sequence[str],
+    seconds: float,
+    on_rank: int | None = None,
+) -> tuple[int, str, int]:
+    """Trains; writing a rank's part of a save takes so many seconds. Returns besides how many steps ended meanwhile."""
+    from nvlm_train import checkpoint
+
+    write_parts, step = checkpoint._write_parts, zero.step
+    release, steps, beside = threading.Event(), [0], [0]
+
+    def slow(*args: Any) -> Any:
+        began = steps[0]
+        if on_rank is None or rank == on_rank:
+            release.wait(seconds)
+        found = write_parts(*args)
+        beside[0] += steps[0] - began
+        return found
+
+    def counted(engine: Any) -> float:
+        steps[0] += 1
+        return step(engine)
+
+    checkpoint._write_parts, zero.step = slow, counted
+    try:
+        return *train(rank=rank, world_size=world_size, recipe=recipe, overrides=overrides), beside[0]
+    finally:
+        release.set()
+        checkpoint._write_parts, zero.step = write_parts, step
