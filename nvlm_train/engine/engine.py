@@ -50,7 +50,8 @@ def partitioned_at_birth(config: dict[str, Any]) -> AbstractContextManager[Any]:
     """Context in which a model is built: under ZeRO-3 every parameter is partitioned as its module is made.
 
     Its type is the configuration's. (Given a `dtype`, zero.Init of 0.19.8 takes bf16 instead on every machine without
-    fp16 arithmetic, such as AMD's CPUs, and fp32 training stops with mixed types.) RoPE frequencies are computed from the configuration in fp32 by the model, so nothing here makes them bf16.
+    fp16 arithmetic, such as AMD's CPUs, and fp32 training stops with mixed types.) RoPE frequencies are computed from
+    the configuration in fp32 by the model, so nothing here makes them bf16.
     """
     if config["zero_optimization"]["stage"] != 3:
         return nullcontext()
