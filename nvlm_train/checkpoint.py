@@ -27,6 +27,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import shutil
 import threading
 import time
@@ -112,15 +113,15 @@ def sha256(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------- finding checkpoints
 
 
+_NAME = r"(step|weights)_\d+"  # of a checkpoint's folder
+
+
 def committed_steps(run: Path, kind: str = "step") -> list[int]:
     """Steps of the complete checkpoints in a run directory, ascending; with kind "weights" those of its milestones."""
     if not run.is_dir():
         return []
-    return sorted(
-        int(folder.name.removeprefix(f"{kind}_"))
-        for folder in run.iterdir()
-        if folder.name.removeprefix(f"{kind}_").isdigit() and (folder / COMMITTED).is_file()
-    )
+    names = [folder.name for folder in run.iterdir() if (folder / COMMITTED).is_file()]
+    return sorted(int(found[1]) for name in names if (found := re.fullmatch(rf"{kind}_(\d+)", name)))
 
 
 def find_step(path: str | Path) -> Path:
@@ -135,7 +136,7 @@ def find_step(path: str | Path) -> Path:
         if best is None:
             raise CheckpointError(f"{path.parent} has no best checkpoint: no validation has run; name {newest}")
         path = path.parent / f"step_{best}"
-    if path.name.startswith(("step_", "weights_")):
+    if re.fullmatch(_NAME, path.name):
         if (path / COMMITTED).is_file():
             return path
         state = "was never completed" if path.is_dir() else "does not exist"
@@ -472,7 +473,7 @@ def set_leftovers_aside(run: Path) -> None:
     """
     for folder in run.glob(".removing_*"):  # complete checkpoints once, given up on purpose
         shutil.rmtree(folder, ignore_errors=True)
-    found = [*run.glob(".saving_*"), *run.glob("step_*"), *run.glob("weights_*")]
+    found = [folder for folder in run.iterdir() if re.fullmatch(r"(\.saving_)?" + _NAME, folder.name)]
     found = [folder for folder in found if folder.is_dir() and not (folder / COMMITTED).exists()]
     if not found:
         return

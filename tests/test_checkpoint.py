@@ -182,8 +182,9 @@ def test_leftovers_are_set_aside_and_bounded(tmp_path: Path, monkeypatch: pytest
     checkpoint.set_leftovers_aside(tmp_path)  # nothing new: they stay
     assert sorted(p.name for p in aside.iterdir()) == ["saving_step_9", "step_2"]
     (tmp_path / "weights_6").mkdir()
+    (tmp_path / "step_notes").mkdir()  # somebody else's
     checkpoint.set_leftovers_aside(tmp_path)  # of one crash only
-    assert [p.name for p in aside.iterdir()] == ["weights_6"]
+    assert [p.name for p in aside.iterdir()] == ["weights_6"] and (tmp_path / "step_notes").is_dir()
     # they make room for a save that would not fit otherwise
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=300 * (not aside.exists())))

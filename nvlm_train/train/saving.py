@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from nvlm_train.engine.optim import full_shape
 from nvlm_train.recipe.resolve import Resolved
 from nvlm_train.recipe.schema import Recipe
 from nvlm_train.train import state
+
+log = logging.getLogger(__name__)
 
 
 class Saver:
@@ -121,7 +124,10 @@ class Saver:
         keep = [] if progress.best_step is None else [progress.best_step]
 
         def prune() -> None:
-            checkpoint.prune(self._run, self._recipe.keep_last, keep, self._recipe.keep_every_steps)
+            try:
+                checkpoint.prune(self._run, self._recipe.keep_last, keep, self._recipe.keep_every_steps)
+            except OSError as error:  # the new checkpoint is there all the same
+                log.warning("old checkpoints could not be removed: %s", error)
 
         save = checkpoint.Save(
             self._run,

@@ -75,7 +75,7 @@ def test_saved_beside_the_training_is_what_was_at_its_step(inputs: Path, whole: 
     assert not list(out.glob(".*")) and not (out / "set_aside").exists()
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("asynchronous", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_a_rank_that_hangs_in_its_save_ends_the_run_and_is_named(
     inputs: Path, tmp_path: Path, asynchronous: str
 ) -> None:
@@ -101,6 +101,8 @@ def test_saves_by_minutes_and_kept_for_good(inputs: Path, whole: Path, tmp_path:
     assert checkpoint.committed_steps(often) == [3, 6, 8]
     assert run(inputs, seldom, *by_minutes, "checkpoint.every_minutes=1000") == (0, "")
     assert checkpoint.committed_steps(seldom) == [8]
+    code, text = run(inputs, tmp_path / "never", *by_minutes)
+    assert code == 2 and "every_steps: is null and so is every_minutes, so a crash would lose the whole run" in text
     assert_same_state(whole, seldom)
 
 
@@ -166,7 +168,7 @@ def test_a_run_of_format_1_is_resumed_and_exported(inputs: Path, tmp_path: Path)
         assert now == pytest.approx(then, rel=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_saved_on_two_ranks_and_gone_on_with_others(inputs: Path, long: Path, tmp_path: Path, ranks: int) -> None:
     """20 steps with strong weight decay, which only some groups have: samples equal, losses but for rounding."""
     out = tmp_path / "run"
