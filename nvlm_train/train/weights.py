@@ -45,11 +45,17 @@ class _Only:
         return getattr(self._weights, attribute)
 
 
-def open_weights(recipe: Recipe) -> Weights:
+def open_weights(recipe: Recipe, goes_on_from: Path | None = None) -> Weights:
     """What `init_from` names, as one: folders first, an earlier run's trained modules in place of theirs.
 
     Of an earlier run that trained little, the frozen rest is taken from where it had it, unless a folder brings it.
+    goes_on_from: the run's own checkpoint, where init_from names what it did then. A run that has copies of its frozen
+    weights (`checkpoint.base`) goes on from them: the folders may be gone.
     """
+    if goes_on_from is not None:
+        own = checkpoint.open_checkpoint(goes_on_from)
+        if own.self_contained:
+            return own
     parts: list[Weights] = []
     earlier = None
     begin = recipe.init_from

@@ -293,6 +293,6 @@ def test_export_command_verifies_and_reports(
 
 def test_a_yi_template_without_yis_tokenizer_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
     recipe = make_recipe(tokenizer_folder, **{"tokenizer.template": "nvlm_yi"})
-    with pytest.raises(CheckpointError, match=r"has no <\|startoftext\|>, which tokenizer.template nvlm_yi begins"):
+    with pytest.raises(CheckpointError, match=r"has no <\|startoftext\|>, with which tokenizer.template nvlm_yi"):
         hf.export(random_weights(recipe), recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
