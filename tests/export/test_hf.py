@@ -268,7 +268,7 @@ def test_export_command_verifies_and_reports(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint: Any = random_weights(recipe)
-    checkpoint.earlier_run = None
+    checkpoint.earlier_run = checkpoint.continued_from = None
     checkpoint.recipe, checkpoint.step, checkpoint.state = recipe, 12, {"recipe_hash": "0123456789abcdef"}
     monkeypatch.setattr("nvlm_train.checkpoint.open_checkpoint", lambda path, checksums: checkpoint)
     args = Namespace(

@@ -55,7 +55,7 @@ def save_run(run: Path, of: Recipe, trained: tuple[str, ...], frozen: Any) -> di
     checkpoint.write_base(run, {name: frozen.where(name) for name in names}, parts)
     checkpoint.save(
         run, 3, {n: {k: t.flatten() for k in checkpoint.STATE_KEYS} for n, t in masters.items()},
-        {n: tuple(t.shape) for n, t in masters.items()}, {"progress": {}}, rank=0, world_size=1, control=None,
+        {n: tuple(t.shape) for n, t in masters.items()}, {"progress": {}}, rank=0, world_size=1,
         gather=lambda value: [value],
     )  # fmt: skip
     content = {"format": checkpoint.FORMAT, "recipe": recipe_to_dict(of), "recipe_hash": "0", "attempts": []}
