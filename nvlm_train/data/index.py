@@ -21,10 +21,11 @@ import os
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin one only from Python 3.11 on
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -54,6 +55,8 @@ _CHUNK_ROWS = 512  # texts of so many samples are tokenised at once
 _ALONE = {"B": 8 << 20, "row": 2000}  # amounts that one process indexes faster than others start
 _BAD_KEPT = 1000  # messages kept; counts are exact
 _BAD_SHOWN = 20
+_PIECE_ROWS = 1 << 18
+_SHARED_ROWS = 1 << 16  # fewer numbers of rows are kept by each process for itself
 _NOT_BAD = (OVERLONG, BELOW_RATING)  # left out on purpose
 
 ROW = np.dtype(
@@ -155,9 +158,12 @@ class SourceIndex:
         found = self.rows[row]
         return self.source.where(int(part_of(found["position"])), int(found["line"]))
 
-    def shards(self) -> NDArray[np.int64]:
-        """Of every row the number of the file or row group it lies in, never falling: i64[n]."""
-        return part_of(self.rows["position"])
+    def shard_sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many of some rows lie in each file or row group that holds any of them, in order: i64[shards]."""
+        sizes = np.zeros(int(part_of(self.rows["position"][rows[-1:]]).max(initial=-1)) + 1, dtype=np.int64)
+        for piece in pieces(rows):  # not all at once: a source may have 10^8 rows
+            sizes += np.bincount(part_of(self.rows["position"][piece]), minlength=len(sizes))
+        return sizes[sizes > 0]
 
     @property
     def fewer_tiles(self) -> int:
@@ -173,6 +179,11 @@ class SourceIndex:
     def num_bad(self) -> int:
         """Unusable records; those left out on purpose (over-long, below a rating) are not among them."""
         return sum(count for reason, count in self.dropped.items() if reason not in _NOT_BAD)
+
+
+def pieces(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Stretches of an array, so that what is worked out of them does not grow with it."""
+    return (rows[begin : begin + _PIECE_ROWS] for begin in range(0, len(rows), _PIECE_ROWS))
 
 
 def index_dir_of(recipe: schema.Recipe) -> Path:
@@ -608,6 +619,45 @@ def _read(source: Source, folder: Path, key: str) -> SourceIndex:
         return SourceIndex(source.name, source.path, key, rows, num_lines, dropped, bad, source)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: the index is damaged ({error}); delete this folder and start again.") from error
+
+
+def split_rows(
+    index: SourceIndex, held_out_share: float, most_tiles: int | None, index_dir: Path
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows that are trained on and those held out (by the hash of their content), rising: i64[n], i64[m].
+
+    most_tiles: rows with more tiles are in neither. Of large sources the numbers are kept beside the index and mapped,
+    so that all processes of a machine share one copy of them.
+    """
+    folder = index_dir / f"{index.name}-{index.key}"
+    label = f"{held_out_share!r}" + (f"-{most_tiles}" if most_tiles is not None else "")
+    files = [folder / f"{side}-{label}.npy" for side in ("train", "held_out")]
+    if len(index.rows) > _SHARED_ROWS and all(file.exists() for file in files):
+        with suppress(OSError, ValueError):  # being written just now, or damaged: found anew
+            return np.load(files[0], mmap_mode="r"), np.load(files[1], mmap_mode="r")
+    sides: tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]] = ([], [])
+    for begin in range(0, len(index.rows), _PIECE_ROWS):
+        rows = index.rows[begin : begin + _PIECE_ROWS]
+        fits = np.full(len(rows), True) if most_tiles is None else rows["tiles"] <= most_tiles
+        apart = rows["hash"] < held_out_share * 2.0**32
+        for side, chosen in zip(sides, (~apart & fits, apart & fits), strict=True):
+            side.append(begin + np.flatnonzero(chosen))
+    train, held_out = (np.concatenate([np.empty(0, dtype=np.int64), *side]) for side in sides)
+    if len(index.rows) <= _SHARED_ROWS:
+        return train, held_out
+    try:
+        return _mapped(train, files[0]), _mapped(held_out, files[1])
+    except OSError as error:
+        log.warning("%s: cannot be written (%s); each process keeps %d bytes of its own", files[0], error, train.nbytes)
+        return train, held_out
+
+
+def _mapped(rows: NDArray[np.int64], file: Path) -> NDArray[np.int64]:
+    own = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}")
+    with open(own, "wb") as stream:
+        np.save(stream, rows)
+    os.replace(own, file)  # all processes write the same
+    return np.load(file, mmap_mode="r" if len(rows) else None)
 
 
 def _heartbeat_file(folder: Path) -> Path:

@@ -139,7 +139,7 @@ class ByteFile:
                 self._fs, self._inner = _filesystem(path)
                 info = self._fs.info(self._inner)
                 self.size = int(info["size"])
-                told = [info.get(key) for key in ("ETag", "etag", "mtime", "LastModified", "created")]
+                told = [info.get(key) for key in ("ETag", "etag", "mtime", "LastModified", "Last-Modified", "created")]
                 self.version = str(next((value for value in told if value), ""))
             else:
                 self._fs = None

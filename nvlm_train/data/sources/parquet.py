@@ -8,6 +8,7 @@ locality (`part_of`) or small row groups make that cheap; a folder of `save_to_d
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import threading
@@ -86,6 +87,33 @@ _KNOWN = {
 }  # fmt: skip
 
 
+class _Ranges(io.RawIOBase):
+    """A remote part as a file for pyarrow, which seeks and reads a column of a row group at a time."""
+
+    def __init__(self, source: Source, part: int) -> None:
+        super().__init__()
+        self._source, self._part, self._at = source, part, 0
+        self._size = source.file(part).size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._source.read_range(self._part, self._at, self._size - self._at if size < 0 else size)
+        self._at += len(data)
+        return data
+
+
 class ParquetSource(RowsSource):
     """Parquet files."""
 
@@ -142,9 +170,7 @@ class ParquetSource(RowsSource):
         path = self.files[k]
         try:
             if is_url(path):
-                import fsspec
-
-                found = pyarrow.parquet.ParquetFile(fsspec.open(path, "rb").open())
+                found = pyarrow.parquet.ParquetFile(_Ranges(self, k))
             else:
                 found = pyarrow.parquet.ParquetFile(path, memory_map=False)
         except (OSError, pyarrow.ArrowException, ImportError, ValueError) as error:

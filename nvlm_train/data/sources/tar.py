@@ -325,7 +325,7 @@ class WebDatasetSource(Source):
         """The sample of a row of the index. Raises BadSample."""
         part, begin = int(row["position"]) >> 40, int(row["position"]) & ((1 << 40) - 1)
         try:
-            data = self.file(part).read(begin, int(row["num_bytes"]))
+            data = self.read_range(part, begin, int(row["num_bytes"]))
         except OSError as error:
             raise BadSample("missing file", f"{self.files[part]} cannot be read any more: {error}") from error
 
