@@ -191,6 +191,19 @@ def index_dir_of(recipe: schema.Recipe) -> Path:
     return Path(recipe.data.index_dir) if recipe.data.index_dir else Path(recipe.output_dir) / "data_index"
 
 
+def make_index_dir(recipe: schema.Recipe) -> Path:
+    """The same folder, made where it is missing. Raises DataError that names the key which the folder comes from."""
+    folder = index_dir_of(recipe)
+    key, value = ("data.index_dir", folder) if recipe.data.index_dir else ("output_dir", recipe.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{key} {value}: cannot be written ({error}); name a folder of yours that all nodes share."
+        ) from error
+    return folder
+
+
 def index_key(source: Source, settings: IndexSettings) -> str:
     """Names the index of this very content with these very settings."""
     try:
@@ -209,7 +222,7 @@ def build_index(recipe: schema.Recipe, num_workers: int | None = None, *, judge:
     settings = IndexSettings.of(recipe, load_tokenizer(recipe.tokenizer.path))
     given = {**recipe.data.mixture, **(recipe.validation.sources if recipe.validation else {})}
     workers = recipe.data.index_workers if num_workers is None else num_workers
-    share, folder = recipe.data.max_bad_share, index_dir_of(recipe)
+    share, folder = recipe.data.max_bad_share, make_index_dir(recipe)
     found: dict[str, SourceIndex] = {}
     problems: list[str] = []
     for name, source in given.items():

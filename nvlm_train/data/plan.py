@@ -23,7 +23,15 @@ from nvlm_train.batch import SampleRef
 from nvlm_train.data import chat, packing, tiling
 from nvlm_train.data.fit import shorten
 from nvlm_train.data.images import AUGMENTATIONS, BadSample, open_image
-from nvlm_train.data.index import IndexSettings, SourceIndex, index_dir_of, open_index, pieces, split_rows
+from nvlm_train.data.index import (
+    IndexSettings,
+    SourceIndex,
+    index_dir_of,
+    make_index_dir,
+    open_index,
+    pieces,
+    split_rows,
+)
 from nvlm_train.data.mixture import Draws, Mixture, Shards
 from nvlm_train.data.packing import Balance, Pack
 from nvlm_train.data.slow import SlowReads
@@ -331,7 +339,7 @@ def open_data(recipe: schema.Recipe, *, rank: int, world_size: int, judge: bool 
         )
     settings = IndexSettings.of(recipe, tokenizer)
     validation = recipe.validation
-    index_dir = index_dir_of(recipe)
+    index_dir = make_index_dir(recipe) if rank == 0 else index_dir_of(recipe)
     sources: dict[str, Source] = {}
     indexes: dict[str, SourceIndex] = {}
     problems: list[str] = []
@@ -471,6 +479,8 @@ def _report(index: SourceIndex, index_dir: Path, seconds: float) -> None:
         log.warning(
             "source %r: the dropped lines are in %s; delete that folder to look again", index.name, folder / "meta.json"
         )
+    for note in index.source.notes():
+        log.warning("source %r: %s", index.name, note)
     if index.fewer_tiles:
         log.info("source %r: %d samples cut into fewer tiles to fit", index.name, index.fewer_tiles)
     if index.truncated:

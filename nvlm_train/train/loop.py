@@ -88,6 +88,8 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
                 idle,
             )
             log.info("%s", "\n" + screen)
+            for warning in resolved.warnings:
+                log.warning("%s", warning)
         stacks = start.run / f"stacks_rank_{launch.rank}.txt"
         with (
             HangWatch(recipe.distributed.hang_s, stacks) as watch,

@@ -228,7 +228,9 @@ def spoil(folder: Path, count: int) -> list[str]:
     return names
 
 
-def test_a_bad_image_leaves_a_hole_and_moves_nobody(tmp_path: Path) -> None:
+def test_a_bad_image_leaves_a_hole_and_moves_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Images spoilt after indexing (as between two attempts): the others stay in their packs, steps and places."""
     write_image_rows(tmp_path / "images.jsonl", 40)
     write_text_rows(tmp_path / "text.jsonl", 70)
@@ -237,7 +239,12 @@ def test_a_bad_image_leaves_a_hole_and_moves_nobody(tmp_path: Path) -> None:
     names = spoil(tmp_path, 3)
     plan = open_data(recipe, rank=0, world_size=1)
     assert plan.dropped_at_index == {}
-    after = steps_of(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "_WARNINGS_PER_SOURCE", 2)
+        after = steps_of(plan)
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("dropped ")]
+    assert len(told) == 2 and "only written" not in told[0]
+    assert told[1].endswith(f"; more of source 'images' are only written to {tmp_path / 'run' / 'bad_samples.jsonl'}")
     holes = 0
     for old, new in zip(before, after, strict=True):
         assert len(old.micro_batches) == len(new.micro_batches)

@@ -27,6 +27,8 @@ from nvlm_train.recipe import schema
 
 _UNIT_ROWS = 512
 _KEPT_BYTES = 256 << 20  # of decoded row groups, at least one
+_KEPT_OF_GROUPS = 1 << 30  # where the order comes back to them soon
+_LARGE_GROUP = 32 << 20  # decoding more than this for one sample is told
 _BATCH_ROWS = 64
 
 
@@ -129,6 +131,7 @@ class ParquetSource(RowsSource):
         self._first_rows: list[int] = []  # of every row group: its first row in the file
         self._num_rows: list[int] = []
         self._columns: list[str] = []
+        self._num_bytes = 0  # of all row groups, decoded
         problems = []
         for k in range(len(self.files)):
             try:
@@ -154,10 +157,24 @@ class ParquetSource(RowsSource):
         row = 0
         for group in range(reader.metadata.num_row_groups):
             self._first_rows.append(row)
-            self._num_rows.append(reader.metadata.row_group(group).num_rows)
+            found = reader.metadata.row_group(group)
+            self._num_rows.append(found.num_rows)
+            self._num_bytes += found.total_byte_size
             row += self._num_rows[-1]
         self._group_ends.append(len(self._first_rows))
         return []
+
+    def notes(self) -> list[str]:
+        """Whether reading one sample decodes much more than a sample."""
+        groups = max(1, len(self._num_rows))
+        mean = self._num_bytes / groups
+        if mean < _LARGE_GROUP or self.by_groups:
+            return []
+        return [
+            f"reading one sample decodes its whole row group: {sum(self._num_rows) / groups:,.0f} rows, "
+            f"{mean / (1 << 20):,.0f} MiB; write row groups of some ten rows, save the data by save_to_disk, or set "
+            "shuffle: shard_groups with few shards_per_group, so that what was decoded is used again"
+        ]
 
     def _reader(self, k: int) -> Any:
         import pyarrow
@@ -213,7 +230,8 @@ class ParquetSource(RowsSource):
             if table.num_rows != self._num_rows[group]:
                 raise BadSample("changed file", "the row group has changed since the file was opened")
             self._tables[group] = table
-            while len(self._tables) > 1 and sum(held.nbytes for held in self._tables.values()) > _KEPT_BYTES:
+            kept = _KEPT_OF_GROUPS if self.by_groups else _KEPT_BYTES
+            while len(self._tables) > 1 and sum(held.nbytes for held in self._tables.values()) > kept:
                 self._tables.popitem(last=False)
             return table
 

@@ -124,6 +124,10 @@ class Source:
             return file.read(offset, num_bytes)
         return self.remote_cache.read(file, offset, num_bytes)
 
+    def notes(self) -> list[str]:
+        """What is legal, but good to know before training on it."""
+        return []
+
     @property
     def by_groups(self) -> bool:
         """Whether its order keeps to groups of shards (`shuffle`)."""
