@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin one only from Python 3.11 on
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -56,6 +55,7 @@ _ALONE = {"B": 8 << 20, "row": 2000}  # amounts that one process indexes faster 
 _BAD_KEPT = 1000  # messages kept; counts are exact
 _BAD_SHOWN = 20
 _PIECE_ROWS = 1 << 18
+_NO_ROWS = 128  # bytes of a file of numpy without any
 _SHARED_ROWS = 1 << 16  # fewer numbers of rows are kept by each process for itself
 _NOT_BAD = (OVERLONG, BELOW_RATING)  # left out on purpose
 
@@ -646,8 +646,11 @@ def split_rows(
     label = f"{held_out_share!r}" + (f"-{most_tiles}" if most_tiles is not None else "")
     files = [folder / f"{side}-{label}.npy" for side in ("train", "held_out")]
     if len(index.rows) > _SHARED_ROWS and all(file.exists() for file in files):
-        with suppress(OSError, ValueError):  # being written just now, or damaged: found anew
-            return np.load(files[0], mmap_mode="r"), np.load(files[1], mmap_mode="r")
+        try:
+            return _map(files[0]), _map(files[1])
+        except (OSError, ValueError):  # damaged: found anew
+            for file in files:
+                file.unlink(missing_ok=True)
     sides: tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]] = ([], [])
     for begin in range(0, len(index.rows), _PIECE_ROWS):
         rows = index.rows[begin : begin + _PIECE_ROWS]
@@ -669,8 +672,17 @@ def _mapped(rows: NDArray[np.int64], file: Path) -> NDArray[np.int64]:
     own = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}")
     with open(own, "wb") as stream:
         np.save(stream, rows)
-    os.replace(own, file)  # all processes write the same
-    return np.load(file, mmap_mode="r" if len(rows) else None)
+    if file.exists():
+        own.unlink()  # another process was faster and wrote the same: one copy for all
+    else:
+        os.replace(own, file)
+    return _map(file)
+
+
+def _map(file: Path) -> NDArray[np.int64]:
+    """The numbers in a file, mapped; of none there is nothing to map."""
+    found: NDArray[np.int64] = np.load(file, mmap_mode="r" if file.stat().st_size > _NO_ROWS else None)
+    return found
 
 
 def _heartbeat_file(folder: Path) -> Path:

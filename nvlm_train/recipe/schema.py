@@ -462,7 +462,12 @@ class Data(Section):
         le=1,
         resume="free",
     )
-    num_threads: int = key(2, doc="Threads per rank that decode images and build packs.", ge=1, resume="free")
+    num_threads: int = key(
+        2,
+        doc="Threads per rank that decode images and build packs. 0: none, training waits for each sample.",
+        ge=0,
+        resume="free",
+    )
     prefetch_steps: int = key(2, doc="Whole steps prepared ahead of the one in training.", ge=1, resume="free")
     prefetch_bytes: int = key(
         4 << 30,

@@ -445,3 +445,30 @@ def test_memory_of_a_build_does_not_grow_with_samples(
         tracemalloc.stop()
     gc.unfreeze()
     assert peaks[2] < 1.5 * peaks[1], peaks
+
+
+def test_numbers_of_rows_are_kept_once_for_all_processes(
+    tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held out by hash, without those of too many tiles; mapped from one file, found anew when that is damaged."""
+    built = build(write_image_rows(tmp_path / "a.jsonl", 60), settings_with(tokenizer))
+    folder = tmp_path / "index" / f"s-{built.key}"
+    monkeypatch.setattr(index, "_PIECE_ROWS", 7)
+    for share, most in ((0.3, None), (0.0, None), (0.3, 5)):
+        alone = index.split_rows(built, share, most, tmp_path / "index")
+        apart = built.rows["hash"] < share * 2**32
+        fits = built.rows["tiles"] <= (most or 99)
+        assert alone[0].tolist() == np.flatnonzero(~apart & fits).tolist()
+        assert alone[1].tolist() == np.flatnonzero(apart & fits).tolist()
+        assert not list(folder.glob("train*"))
+        with monkeypatch.context() as patch:
+            patch.setattr(index, "_SHARED_ROWS", 10)
+            for damage in (False, False, True):
+                if damage:
+                    next(folder.glob("train*")).write_bytes(b"x")
+                shared = index.split_rows(built, share, most, tmp_path / "index")
+                assert [side.tolist() for side in shared] == [side.tolist() for side in alone]
+                assert isinstance(shared[0], np.memmap)
+        for file in [*folder.glob("train*"), *folder.glob("held_out*")]:
+            file.unlink()
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "rows.npy"]

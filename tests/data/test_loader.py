@@ -84,9 +84,9 @@ def segments(batch: Batch) -> dict[SampleRef, tuple[bytes, ...]]:
     return found
 
 
-def global_stream(recipe: Recipe, world_size: int, start: int = 0) -> list[str]:
+def global_stream(recipe: Recipe, world_size: int, start: int = 0, end: int = STEPS) -> list[str]:
     """For every step a digest of what all ranks together train on, contents and packs."""
-    ranks = [steps_of(open_data(recipe, rank=rank, world_size=world_size), start) for rank in range(world_size)]
+    ranks = [steps_of(open_data(recipe, rank=rank, world_size=world_size), start, end) for rank in range(world_size)]
     digests = []
     for datas in zip(*ranks, strict=True):
         assert len({len(data.micro_batches) for data in datas}) == 1  # the same number of micro-steps everywhere
@@ -112,7 +112,7 @@ def reference(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("num_threads", [1, 4])
+@pytest.mark.parametrize("num_threads", [0, 1, 4])
 def test_same_stream_for_ranks_and_threads(
     folder: Path, reference: list[str], world_size: int, num_threads: int
 ) -> None:
@@ -124,6 +124,21 @@ def test_same_stream_for_ranks_and_threads(
 def test_start_at_any_step(folder: Path, reference: list[str], start: int) -> None:
     recipe = recipe_of(folder, data__num_threads=4, data__prefetch_steps=5)
     assert global_stream(recipe, 2, start) == reference[start:]
+
+
+def test_killed_at_random_steps_it_goes_on_with_other_ranks_and_threads(folder: Path, reference: list[str]) -> None:
+    """Two kills at random steps, each time on with other ranks and threads, and what was prepared ahead is lost."""
+    draw = np.random.default_rng(11)
+    for _ in range(2):
+        found: list[str] = []
+        for end in [*sorted(draw.integers(1, STEPS, 2).tolist()), STEPS]:
+            threads, world_size = int(draw.choice([0, 1, 4])), int(draw.integers(1, 5))
+            recipe = recipe_of(folder, data__num_threads=threads, data__prefetch_steps=3)
+            lost = StepLoader(open_data(recipe, rank=0, world_size=world_size), start_step=len(found), end_step=STEPS)
+            next(lost)
+            lost.close()
+            found += global_stream(recipe, world_size, len(found), end)
+        assert found == reference
 
 
 def test_batch_stream_of_a_rank_does_not_depend_on_threads(folder: Path) -> None:

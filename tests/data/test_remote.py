@@ -180,6 +180,14 @@ def test_remote_paths_stay_in_the_root(memory: str) -> None:
     assert isinstance(source.located(samples(source)[0]).images[0], ImageRef)
 
 
+def test_a_prepared_folder_behind_a_url_is_not_taken_without_its_split(memory: str) -> None:
+    """Its tars would be those of all splits: validation would be trained on."""
+    fsspec.filesystem("memory").pipe("/bucket/.nv-meta/split.yaml", b"{}")
+    with pytest.raises(DataError, match=r"was prepared by Energon, whose \.nv-meta is only read on a local path"):
+        source_of(memory, "webdataset")
+    assert len(source_of(f"{memory}/t-{{0..1}}.tar", "webdataset").files) == 2
+
+
 def test_unknown_urls(memory: str) -> None:
     for url in (f"{memory}/none.jsonl", "nosuchscheme://x/a.jsonl"):
         with pytest.raises(DataError, match=r"cannot open"):
