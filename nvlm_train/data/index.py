@@ -672,6 +672,8 @@ def _mapped(rows: NDArray[np.int64], file: Path) -> NDArray[np.int64]:
     own = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}")
     with open(own, "wb") as stream:
         np.save(stream, rows)
+        stream.flush()
+        os.fsync(stream.fileno())
     if file.exists():
         own.unlink()  # another process was faster and wrote the same: one copy for all
     else:

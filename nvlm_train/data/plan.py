@@ -386,6 +386,9 @@ def open_data(recipe: schema.Recipe, *, rank: int, world_size: int, judge: bool 
             if sources[name].by_groups
         },
     )
+    for d, name in enumerate(mixture.names):
+        if sources[name].settings.shuffle == "shard_groups" and d not in mixture.shards:
+            log.info("source %r: all its rows are mixed, because it has no more shards than shards_per_group", name)
     order = Windows(
         mixture,
         [Column(indexes[n].rows["tokens"], indexes[n].rows["tiles"], train_rows[n]) for n in mixture.names],

@@ -346,6 +346,23 @@ def test_files_changed_after_indexing_are_bad_samples(tmp_path: Path) -> None:
     assert data.samples == 13
 
 
+@pytest.mark.parametrize("how", ["removed", "emptied"])
+def test_a_source_that_vanishes_in_training_stops_the_run_with_the_cause(tmp_path: Path, how: str) -> None:
+    path = write_text_rows(tmp_path / "a.jsonl", 60)
+    plan = open_data(make_recipe(tmp_path, {"s": {"path": str(path)}}, data__num_threads=1), rank=0, world_size=1)
+    with StepLoader(plan, start_step=0, end_step=8) as steps:
+        assert next(steps).samples == 16
+        if how == "removed":
+            plan.sources["s"].close()  # an open file can still be read after it was removed
+            path.unlink()
+        else:
+            path.write_bytes(b"")
+        with pytest.raises(
+            DataError, match=r"of .* samples seen cannot be used.*a\.jsonl:\d+: .*(read any more|changed)"
+        ):
+            list(steps)
+
+
 # ------------------------------------------------------------------------------------------------------- validation
 
 

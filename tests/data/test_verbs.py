@@ -80,6 +80,12 @@ def test_index_builds_once_and_says_so(good: str, tmp_path: Path, capsys: pytest
     assert files_below(tmp_path) - before == new
 
 
+@pytest.mark.parametrize("weight", ["0", "-1"])
+def test_weights_are_above_zero(good: str, weight: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "index", good, f"data.mixture.text.weight={weight}")
+    assert code == 2 and f"data.mixture.text.weight: {weight} is out of range; it must be more than 0" in err
+
+
 def test_index_in_processes_gives_the_same_files(good: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, workers in (("one", "1"), ("two", "2")):
         assert run(capsys, "index", good, f"data.index_dir={tmp_path / name}", "--workers", workers)[0] == 0

@@ -5,7 +5,7 @@
 
 1000 rows with a JPEG of about 0.5 MB each. To read one row its row group is read and decoded whole; decoded ones are
 kept up to 256 MiB (`shuffle: rows`), or 1 GiB (`shuffle: shard_groups`, here 4 row groups in a group). CPU ms a sample
-over the first 200 samples of an epoch, one process, file in the page cache; beside it the CPU ms that decoding such an
+over the first 60 samples of an epoch, one process, file in the page cache; beside it the CPU ms that decoding such an
 image and cutting it into tiles takes. All sizes in turn in each repeat; medians.
 """
 
@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[3]
-ROWS, SAMPLES, PER_GROUP = 1000, 200, 4
+ROWS, SAMPLES, PER_GROUP = 1000, 60, 4
 SIZES = (10, 100, 500)
 
 
