@@ -11,7 +11,7 @@ Memory: two processes at once, each a rank's plan over the same index, after som
 alone (smaps_rollup, Private_Clean + Private_Dirty). `shared`: numbers of rows mapped from the index folder, as the
 package does it; `copies`: each process finds its own, as it did before. A tenth of a per cent is held out.
 
-Index: one process over text rows of about 300 tokens, and over rows with a picture of its own; CPU time.
+Index: one process over text rows of some hundred tokens, and over rows with a picture of its own; CPU time.
 
 Peer: datasets' `interleave_datasets` (streaming, 60 : 40, two files a source, shuffle buffer 1000), stopped after
 half of its rows and continued with its own state_dict, against our order over the same rows, continued from the
