@@ -332,7 +332,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", metavar="OUT", help="exported folder")
+    parser.add_argument("out", metavar="OUT|RUN[/step_N]", help="exported folder, or a run, which is exported for it")
     parser.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="an image; may be given several times"
     )
@@ -344,7 +344,11 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", metavar="OUT", help="exported folder, or a plain Qwen2 folder for data without images")
+    parser.add_argument(
+        "out",
+        metavar="OUT|RUN[/step_N]",
+        help="exported folder, a run, or a plain Qwen2 folder for data without images",
+    )
     parser.add_argument(
         "--data", required=True, metavar="FILE", help="JSONL whose last assistant turns are the right answers"
     )

@@ -64,4 +64,7 @@ def test_train_kill_resume_export_verify_generate(
     image = next((demo / "images" / "heldout").glob("pair_*.png"))
     asked = Namespace(out=str(out), image=[str(image)], prompt="left?", max_new_tokens=4, json=True)
     assert generate_command(asked) == 0
-    assert isinstance(json.loads(capsys.readouterr().out)["answer"], str)
+    answer = json.loads(capsys.readouterr().out)["answer"]
+    asked.out = str(tmp_path / "killed")  # the run itself answers as its export does
+    assert generate_command(asked) == 0
+    assert json.loads(capsys.readouterr().out)["answer"] == answer
