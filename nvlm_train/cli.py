@@ -1,8 +1,8 @@
 """The command `nvlm-train`: one table of verbs. Each verb imports what it needs when it runs, then calls one function.
 
-Exit codes: 0 done, 1 a bug (with its traceback) or a verification that found a difference, 2 something the user can
-put right, 130 interrupted. What is asked for
-goes to stdout, progress and errors to stderr. Nothing heavy is imported here, so that `--help` is quick.
+Exit codes: 0 done, 1 a bug (with its traceback), a lost rank or a verification that found a difference, 2 something the
+user can put right, 130 interrupted. What is asked for goes to stdout, progress and errors to stderr. Nothing heavy is
+imported here, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from nvlm_train import __version__
-from nvlm_train.errors import NvlmError, SetupError
+from nvlm_train.errors import NvlmError, PeerError, SetupError
 from nvlm_train.log import rank_from_environment, set_up_logging
 
 PROG = "nvlm-train"
@@ -56,8 +56,10 @@ def _data(name: str) -> Callable[[argparse.Namespace], int]:
 
 def _train(args: argparse.Namespace) -> int:
     from nvlm_train.recipe.load import load_recipe
+    from nvlm_train.recipe.resolve import refuse_unsupported
 
     loaded = load_recipe(args.recipe, args.overrides)  # before torch: a typing mistake shows at once
+    refuse_unsupported(loaded)
 
     if args.skip_steps and args.from_ is None:
         raise SetupError(
@@ -534,6 +536,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # every rank finds the same mistake: one of them tells it whole
         print(f"error: {error}" if rank == 0 else f"[rank {rank}] error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
+    except PeerError as error:
+        rank = rank_from_environment()
+        print(f"error: {error}" if rank == 0 else f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

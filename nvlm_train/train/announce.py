@@ -109,7 +109,7 @@ def first_screen(
     """The text, one fact a line."""
     counts, trainable = resolved.parameters["total"], resolved.parameters["trainable"]
     batch, memory = resolved.batch, dict(resolved.memory)
-    total = memory.pop("total")
+    total, host = memory.pop("total"), memory.pop("host")
     kernels = select(recipe.kernels, device.split(":")[0])
     facts: dict[str, str | list[str]] = {
         "recipe": f"{recipe.run_name}  hash {resolved.recipe_hash}",
@@ -139,7 +139,7 @@ def first_screen(
         ],
         "data": data_lines(plan),
         "memory": [
-            f"{_bytes(total)} predicted per rank",
+            f"{_bytes(total)} predicted per rank" + (f", {_bytes(host)} more in host memory" if host else ""),
             ", ".join(f"{kind} {_bytes(size)}" for kind, size in memory.items() if size),
         ],
         "rehearsal": rehearsal,

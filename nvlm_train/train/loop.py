@@ -17,7 +17,7 @@ from nvlm_train import checkpoint
 from nvlm_train.data.loader import StepLoader
 from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.engine import dist
-from nvlm_train.engine.launch import resolve_launch
+from nvlm_train.engine.launch import Launch, resolve_launch
 from nvlm_train.engine.waiting import CollectiveWait
 from nvlm_train.log import set_up_logging
 from nvlm_train.recipe.load import LoadedRecipe
@@ -30,7 +30,7 @@ from nvlm_train.train.rehearsal import plan_rehearsal, rehearse
 from nvlm_train.train.stop import StopRequest
 from nvlm_train.train.stragglers import RankTimes, Stragglers, gather_times, planned_work, summary
 from nvlm_train.train.validation import ValidationResult, validate
-from nvlm_train.train.watch import HangWatch
+from nvlm_train.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -45,28 +45,46 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     recipe = loaded.recipe
     launch = resolve_launch()
     resolved = resolve(recipe, launch.world_size)
-    start = state.find_start(recipe, resume, accept, branch)
-    if _is_complete(start, resolved.num_steps):
-        return 0
+    run = Path(recipe.output_dir)
+    with (
+        StopRequest(run, recipe.checkpoint.signal, watch_files=launch.rank == 0) as stop,
+        Watch(launch, recipe.distributed, run, stop) as watch,
+        watch.guard(),
+    ):
+        start = state.find_start(recipe, resume, accept, branch)
+        if _is_complete(start, resolved.num_steps):
+            return 0
+        _train(loaded, launch, start, accept, stop, watch)
+    return 0
 
+
+def _train(
+    loaded: LoadedRecipe, launch: Launch, start: state.Start, accept: Sequence[str], stop: StopRequest, watch: Watch
+) -> None:
+    """Builds everything, then runs the steps."""
+    recipe = loaded.recipe
     weights = state.open_weights(recipe)
     account = state.account_for_weights(recipe, weights)
     attempt = announce.provenance(launch)
+    watch.mark("opening the data")
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size, skipped=start.skipped)
     if _is_complete(start, plan.num_steps):
-        return 0
+        return
     resolved = resolve(recipe, launch.world_size, plan.num_steps)
     state.check_data(start, plan.state(start.step, start.skipped_before), accept)
 
-    world = dist.start(launch, recipe.distributed.timeout_s)
+    watch.mark("meeting the other ranks")
+    world = dist.start(launch, recipe.distributed.timeout_s, watch.join())
     try:
-        dist.barrier(world)  # every rank has looked at the run directory; only now may it change
+        dist.require_same(world, start.step, f"the step to start from in {start.run}", "is it one shared folder?")
+        watch.mark("hashing the frozen weights")
         frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
         state.write_base(start.run, frozen, world)
         if start.leaves and start.branch is not None:
             check_base(start.run, start.branch)
         if not start.step:
             state.verify_earlier_run(recipe, world)
+        watch.mark("loading the weights")
         built = state.build(recipe, resolved, world, weights, skip_trained=start.step > 0)
         progress = state.restore(built, start.checkpoint) if start.checkpoint else state.Progress()
         if start.leaves:
@@ -78,7 +96,7 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
                 state.write_run_files(start, recipe, resolved, attempt)
         if _stopped_early(recipe, progress):
             log.info("%s stopped early: validation had not improved at step %d", start.run, progress.step)
-            return 0
+            return
         rehearsal = plan_rehearsal(recipe, plan, world, progress.step)
         if launch.rank == 0:
             idle = torch.cuda.device_count() - 1 if launch.launcher == "alone" and torch.cuda.is_available() else 0
@@ -96,16 +114,11 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
                 rehearsal.announced(),
             )
             log.info("%s", "\n" + screen)
-        stacks = start.run / f"stacks_rank_{launch.rank}.txt"
-        with (
-            HangWatch(recipe.distributed.hang_s, stacks) as watch,
-            StopRequest(start.run, recipe.checkpoint.signal, watch_files=launch.rank == 0) as stop,
-            oom.explained(recipe, resolved, built),
-        ):
+        with oom.explained(recipe, resolved, built):
+            watch.mark("worst case first")
             rehearse(recipe, world, built, plan, rehearsal)
-            watch.alive()
+            watch.started()
             _run(recipe, resolved, world, built, plan, progress, start.run, stop, watch)
-        return 0
     finally:
         dist.stop(world)
 
@@ -136,7 +149,7 @@ def _run(
     progress: state.Progress,
     run: Path,
     stop: StopRequest,
-    watch: HangWatch,
+    watch: Watch,
 ) -> None:
     rank0 = world.rank == 0
     num_steps = plan.num_steps
@@ -144,13 +157,15 @@ def _run(
     console = Console(progress.step, num_steps) if rank0 else None
     config = {"recipe_hash": resolved.recipe_hash, **recipe_to_dict(recipe)}
     sinks = open_sinks(recipe.log.to, run, recipe.run_name, recipe.log.wandb_project, config) if rank0 else []
-    loader = StepLoader(plan, start_step=progress.step, end_step=num_steps)
+    pin_for = world.device if world.device.type == "cuda" else None
+    loader = StepLoader(plan, start_step=progress.step, end_step=num_steps, pin_for=pin_for)
     clock, waits = Clock(world.device), step.Waits()
     stragglers = Stragglers(dist.gather(world, platform.node()))
     since, tokens, tiles = time.monotonic(), 0, 0  # of the steps since the last line of metrics
     collectives = CollectiveWait(world.device)
     collectives.install()
     try:
+        watch.mark("validation", progress.step)
         if progress.validation_due:  # the last attempt was asked to stop before it
             if _validate(recipe, world, built, plan, progress, metrics, console, sinks)[1]:
                 return
@@ -160,12 +175,14 @@ def _run(
         while progress.step < num_steps:
             logged = (progress.step + 1) % recipe.log.every_steps == 0 or progress.step + 1 == num_steps
             collectives.on = logged and world.world_size > 1
+            watch.mark("data", progress.step + 1)
             data, counts = step.load(world, plan, loader, waits)
             clock.stop("data")
             rates = step.set_rates(recipe, resolved, built, progress.step)
             began = time.perf_counter()
-            losses, grad_norm = step.train(recipe, world, built, data, counts["trained_tokens"], clock)
+            losses, grad_norm = step.train(recipe, world, built, data, counts["trained_tokens"], clock, watch.mark)
             ended = time.perf_counter()
+            watch.mark("agreement")
             stop_asked, save_asked = stop.asked()
             asked = [sum(losses), float(stop_asked), float(save_asked)]
             loss, stops, saves = dist.sum_over_ranks(world, asked, torch.float64)
@@ -176,6 +193,8 @@ def _run(
             assert skipped or math.isfinite(loss), f"step {progress.step + 1} was trained with a loss of {loss}"
             if skipped:
                 nonfinite.leave_out(recipe, resolved, built, plan, progress, run, data, losses, loss)
+            if stops:
+                watch.stop_agreed()
             step.advance(progress, counts, skipped=skipped)
             clock.stop("step")
             watch.alive()
@@ -213,11 +232,13 @@ def _run(
                 progress.validation_due = True
             # asked to stop, saving comes first and the next start validates; after the last step there is none
             if progress.validation_due and (last or not stops):
+                watch.mark("validation")
                 improved, early = _validate(recipe, world, built, plan, progress, metrics, console, sinks)
                 watch.alive()
 
             if last or stops or saves or improved or early or progress.step % recipe.checkpoint.every_steps == 0:
                 began = time.monotonic()
+                watch.mark("save")
                 path = state.save(built, run, progress, recipe, resolved, plan.state(progress.step))
                 watch.alive()
                 if console is not None:
@@ -230,6 +251,9 @@ def _run(
                 break
             since = time.monotonic() if progress.step % recipe.log.every_steps == 0 else since  # not of the next steps
             clock.start()
+    except Exception:
+        with watch.guard():  # before files are closed, which may take its time
+            raise
     finally:
         collectives.remove()
         loader.close()

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from nvlm_train import checkpoint
 from nvlm_train.data.windows import Stretch
 from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
+from nvlm_train.engine.node import ReadOncePerNode
 from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
 from nvlm_train.model.nvlm import NvlmD
@@ -135,7 +137,7 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str], branch: Branc
                 f"output_dir: '{run}' holds checkpoints but no recipe.json, so it cannot be told whose they are; "
                 "name another folder"
             )
-        ours = ("data_index", "stop", "save", "bad_samples", "slurm", "attempts", "logs")
+        ours = ("data_index", "stop", "save", "bad_samples", "slurm", "attempts", "logs", "stacks_rank_")
         foreign = [] if not run.exists() else sorted(p.name for p in run.iterdir() if not p.name.startswith(ours))
         if foreign:
             log.warning(
@@ -312,7 +314,7 @@ def account_for_weights(recipe: Recipe, weights: Weights) -> Account:
 
 @dataclass
 class Built:
-    """The engine, and the frozen tower where it lives outside (replicated, not partitioned), with its cache if any."""
+    """The engine, and the frozen tower where it lives outside (`zero.tower: replicated`), with its cache if any."""
 
     engine: zero.Engine
     tower: InternVit | None
@@ -327,28 +329,35 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     skip_trained: a checkpoint follows that brings all trained weights.
     """
     dtype = DTYPES[recipe.precision]
-    tower = None
-    if recipe.train.vision == "frozen":
-        tower = _frozen_tower(recipe, weights, dtype, world.device)
-    with zero.partitioned_at_birth(resolved.deepspeed):
-        model = NvlmD(
-            recipe.model,
-            with_vision=tower is None,
-            activation_checkpointing=recipe.activation_checkpointing,
-            tiles_per_chunk=recipe.vision_tiles_per_chunk,
-            kernels=recipe.kernels,
-        )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(getattr(recipe.train, module_of(name)) == "full")
-    if resolved.deepspeed["zero_optimization"]["stage"] != 3:
-        model.to(device=world.device, dtype=dtype)
-    slice_of, write = zero.write_slice(world)
-    skipped = {name for name, p in model.named_parameters() if p.requires_grad} if skip_trained else set()
-    fill(model, weights, recipe.model, recipe.seed, slice_of, write, skip=skipped)
+    began = time.monotonic()
+    with ReadOncePerNode(weights, world, recipe.distributed.timeout_s) as shared:
+        tower = None
+        if recipe.tower_is_replicated:
+            with dist.agreed(world, "loading the vision tower"):
+                tower = _frozen_tower(recipe, shared, dtype, world.device)
+        with zero.partitioned_at_birth(resolved.deepspeed, world.device, dtype):
+            model = NvlmD(
+                recipe.model,
+                with_vision=tower is None,
+                activation_checkpointing=recipe.activation_checkpointing,
+                tiles_per_chunk=recipe.vision_tiles_per_chunk,
+                kernels=recipe.kernels,
+            )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(getattr(recipe.train, module_of(name)) == "full")
+        slice_of, write = zero.write_slice(world)
+        skipped = {name for name, p in model.named_parameters() if p.requires_grad} if skip_trained else set()
+        with dist.agreed(world, "loading weights"):
+            fill(model, shared, recipe.model, recipe.seed, slice_of, write, skip=skipped)
+        seconds = time.monotonic() - began
+        log.info("weights: %.1f MB read by this rank, in place after %.1f s", shared.bytes_read / 1e6, seconds)
     groups = parameter_groups(model.named_parameters(), recipe.optimizer, resolved.module_lr)
-    optimizer = build_optimizer(groups, recipe.optimizer, world.device.type)
+    offloaded = recipe.zero.offload_optimizer != "none"
+    optimizer = build_optimizer(groups, recipe.optimizer, world.device.type, offloaded)
     cache = open_cache(recipe, tower, dtype)
-    return Built(zero.build(model, optimizer, resolved.deepspeed, world), tower, dtype, groups, cache)
+    compare_calls_s = recipe.debug.collectives_timeout_s if recipe.debug.collectives else None
+    engine = zero.build(model, optimizer, resolved.deepspeed, world, compare_calls_s)
+    return Built(engine, tower, dtype, groups, cache)
 
 
 def _frozen_tower(recipe: Recipe, weights: Weights, dtype: torch.dtype, device: torch.device) -> InternVit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,23 +88,33 @@ def set_rates(recipe: Recipe, resolved: Resolved, built: state.Built, step: int)
 
 
 def train(
-    recipe: Recipe, world: dist.World, built: state.Built, data: StepData, trained_tokens: int, clock: Clock
+    recipe: Recipe,
+    world: dist.World,
+    built: state.Built,
+    data: StepData,
+    trained_tokens: int,
+    clock: Clock,
+    mark: Callable[[str], object] = lambda phase: None,
 ) -> tuple[list[float], float]:
     """Forward, backward and update. Returns this rank's sum of losses of each micro-step and the global gradient norm.
 
+    mark: is told where this rank stands (`Watch.mark`).
     The norm is NaN on every rank where a loss or the gradient was not finite anywhere; then nothing was updated.
     """
     losses = []
     clock.start()
     for number, host_batch in enumerate(data.micro_batches, start=1):
+        mark("forward")
         batch = host_batch.to(world.device)
         features = tower_features(built.tower, batch, built.dtype, recipe.vision_tiles_per_chunk, built.cache)
         clock.stop("vision")
         loss_sum = zero.forward(built.engine, batch, features, last=number == len(data.micro_batches))
         clock.stop("forward")
+        mark("backward")
         zero.backward(built.engine, loss_sum, trained_tokens)
         clock.stop("backward")
         losses.append(loss_sum.detach())
+    mark("optimizer step")
     grad_norm = zero.step(built.engine)
     return torch.stack(losses).double().tolist(), grad_norm
 

@@ -140,6 +140,25 @@ def test_resumed_on_another_number_of_ranks(inputs: Path, whole: Path, tmp_path:
         assert one["loss"] == pytest.approx(two["loss"], abs=2e-6)
 
 
+def test_zero_options_may_change_on_resume(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    """To step 3 with the tower partitioned, all offloaded and calls compared; to the end with none of it. What is saved
+    is the same: trained weights in the checkpoint, the tower by name in base.json."""
+    out = tmp_path / "options"
+    offload = ["zero.offload_optimizer=cpu", "zero.offload_param=cpu"]
+    given = {"job": "train_with_signal", "signal_name": "SIGUSR2", "on_rank": 0, "after_step": 3}
+    assert run(inputs, out, "zero.tower=partitioned", "debug.collectives=true", *offload, **given) == (0, "")
+    assert checkpoint.committed_steps(out) == [3]
+    assert run(inputs, out) == (0, "")
+    for one, two in zip(trajectory(out), trajectory(whole), strict=True):
+        # Worst cases measured: losses RUNLOSS, norms RUNNORM relative
+        assert one == pytest.approx(two, rel=2e-6, abs=2e-6)
+    for step, losses in validations(whole).items():
+        assert validations(out)[step] == pytest.approx(losses, abs=2e-6)
+    assert json.loads((out / "base.json").read_text()) == json.loads((whole / "base.json").read_text())
+    kept, expected = (checkpoint.Checkpoint(folder / "step_8") for folder in (out, whole))
+    assert kept.shapes == expected.shapes
+
+
 def test_two_stages_and_what_is_frozen_stays(inputs: Path, tmp_path: Path) -> None:
     pretrain, sft = tmp_path / "pretrain", tmp_path / "sft"
     assert run(inputs, pretrain, "train.language_model=frozen", "max_steps=3") == (0, "")
