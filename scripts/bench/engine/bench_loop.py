@@ -106,9 +106,9 @@ def loop_part(recipe: Path, out: Path, steps: int) -> dict[str, Any]:
     rows: list[dict[str, float]] = []
     begun = [0.0, 0.0, 0.0]
 
-    def train(recipe: Any, world: Any, built: Any, data: Any, trained: int, clock: Any) -> Any:
+    def train(recipe: Any, world: Any, built: Any, data: Any, trained: int, *more: Any) -> Any:
         held.update(recipe=recipe, world=world, built=built, data=data, trained=trained)
-        return bare_train(recipe, world, built, data, trained, clock)
+        return bare_train(recipe, world, built, data, trained, *more)
 
     def bare() -> float:
         start = time.perf_counter()
