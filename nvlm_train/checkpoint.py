@@ -481,6 +481,7 @@ class CheckpointWeights:
         content = read_json(self.checkpoint.run / "recipe.json")
         self.recipe: dict[str, Any] = content["recipe"]
         self.earlier_run: dict[str, Any] | None = content.get("earlier_run")
+        self.continued_from: dict[str, Any] | None = content.get("continued_from")
         base = read_json(self.checkpoint.run / "base.json")
         self.trained = set(self.checkpoint.shapes)
         self._frozen: dict[str, dict[str, str]] = base["tensors"]

@@ -11,8 +11,10 @@ import contextlib
 import copy
 import ctypes
 import io
+import logging
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +41,7 @@ class Engine:
     world: World
     calls: ModuleCalls | None = None  # of `debug.collectives`
     hpz_checks: int = 0  # steps whose first loss is still to be compared with hpZ off
+    mark: Tensor | None = None  # what one parameter's gradient is multiplied by in backward, see `backward`
 
     @property
     def module(self) -> nn.Module:
@@ -159,8 +162,10 @@ def build(
     compare_calls_s: ranks compare each module call, and wait so many seconds for each other; None: they do not.
     """
     import deepspeed
+    from deepspeed.utils import logger
 
     _forget_second_copies(model)
+    logger.addFilter(_is_news)
     # The config is copied because DeepSpeed writes into the mapping it is given; stdout is kept clean because its bf16
     # optimizer prints memory figures there, whatever the log level.
     with contextlib.redirect_stdout(io.StringIO()), _named_to_deepspeed(world.device):
@@ -172,16 +177,29 @@ def build(
         calls = ModuleCalls(engine.module, world, compare_calls_s)
     zero = config["zero_optimization"]
     hpz = zero.get("zero_hpz_partition_size", 1) > 1
-    return Engine(engine, zero["stage"], world, calls, HPZ_CHECKED_STEPS if hpz else 0)
+    built = Engine(engine, zero["stage"], world, calls, HPZ_CHECKED_STEPS if hpz else 0)
+    _, marked = min(built.trainable(), key=lambda item: full_shape(item[1]).numel())
+    marked.register_hook(lambda gradient: gradient if built.mark is None else gradient * built.mark)
+    return built
 
 
-def backward(engine: Engine, loss_sum: Tensor, trained_tokens: int) -> None:
+def _is_news(record: logging.LogRecord) -> bool:
+    """DeepSpeed tells every step that it leaves out; so do we, with the step's number and samples."""
+    return "OVERFLOW! Skipping step" not in record.getMessage()
+
+
+def backward(engine: Engine, loss_sum: Tensor, trained_tokens: int, *, mark_broken: bool = True) -> None:
     """Back-propagates this micro-step's share of the mean over the trained tokens of the whole step.
 
     loss_sum: fp32 scalar, sum of cross-entropy on this rank and micro-step.
     trained_tokens: of all ranks and micro-steps of the step. DeepSpeed averages gradients over ranks, hence the factor.
+    mark_broken: a loss that is not finite makes one parameter's gradient NaN, even where nothing of the loss reaches a
+    trained weight, so that `step` leaves the step out on every rank, without a word between them and without waiting
+    for the device.
     """
     loss = loss_sum * (engine.world.world_size / max(trained_tokens, 1))
+    # times 1.0 changes no bit; 0 times NaN is NaN
+    engine.mark = torch.where(loss_sum.detach().isfinite(), 1.0, torch.nan) if mark_broken else None
     engine.deepspeed.backward(loss, scale_wrt_gas=False)
 
 
@@ -197,15 +215,75 @@ def forward(engine: Engine, *args: Any, last: bool) -> Tensor:
 
 
 def step(engine: Engine) -> float:
-    """Applies the optimizer step; returns the global gradient norm before clipping, NaN or inf where it was skipped."""
-    norm = None
-    if engine.stage == 0:  # plain data parallel: gradients are whole and already summed, and nobody keeps their norm
-        norm = torch.nn.utils.get_total_norm([p.grad for _, p in engine.trainable() if p.grad is not None])
+    """Applies the optimizer step; returns the global gradient norm before clipping.
+
+    Where it is not finite, on every rank alike, the step is left out: no weight, no moment and no step count of AdamW
+    changes, and the gradients are gone. DeepSpeed does that by itself in stages 1 to 3, silently, and tells neither
+    the norm nor whether it was NaN or infinite: NaN stands for both.
+    """
+    return _update(engine)
+
+
+def backward_and_discard(engine: Engine, loss_sum: Tensor) -> None:
+    """Back-propagates a loss as the last of a step and throws the gradient away, as if neither had been asked for.
+
+    It is made to be a step that is not finite, which leaves no trace.
+    """
+    backward(engine, loss_sum * torch.nan, 1)
+    _update(engine)
+
+
+def _update(engine: Engine) -> float:
+    if engine.stage == 0:  # plain data parallel: gradients are whole and already summed, and nobody looks at them
+        norm = float(torch.nn.utils.get_total_norm([p.grad for _, p in engine.trainable() if p.grad is not None]))
+        if not math.isfinite(norm):
+            engine.deepspeed.zero_grad()
+            return float("nan")
+        engine.deepspeed.step()
+        return norm
     engine.deepspeed.step()
     engine.hpz_checks = max(0, engine.hpz_checks - 1)
-    if getattr(engine.optimizer, "overflow", False):
-        return float("nan")
-    return float(engine.deepspeed.get_global_grad_norm() if norm is None else norm)
+    return float("nan") if engine.optimizer.overflow else float(engine.deepspeed.get_global_grad_norm())
+
+
+def allocate_optimizer_state(engine: Engine) -> None:
+    """Makes AdamW's moments now, all zero, instead of in the first step; that step comes out the same."""
+    _prepare_optimizer_state(engine)
+
+
+def held_bytes(engine: Engine) -> dict[str, int]:
+    """Bytes on the device that weights, gradients and optimizer take on this rank just now."""
+
+    def size(tensors: Iterable[Any]) -> int:
+        tensors = [t for t in tensors if isinstance(t, Tensor) and t.device.type == engine.world.device.type]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+    base, optimizer = engine.deepspeed.basic_optimizer, engine.optimizer
+    parameters = list(engine.module.parameters())
+    averaged = getattr(optimizer, "averaged_gradients", None) or {}
+    gradients = [p.grad for p in parameters] + [g for group in averaged.values() for g in group or ()]
+    masters = _flat_masters(engine) if engine.stage else []
+    return {
+        "weights": size([*(getattr(p, "ds_tensor", p) for p in parameters)]),
+        "gradients": size([*gradients, getattr(optimizer, "grad_partitions_flat_buffer", None)]),
+        "optimizer": size([*masters, *(t for state in base.state.values() for t in state.values())]),
+    }
+
+
+def largest_gradients(engine: Engine) -> dict[str, float]:
+    """Largest absolute gradient of each trainable parameter, NaN where one is; call it between backward and step.
+
+    Over all ranks in stages 0 to 2 (every rank must call it), over this rank's part in stage 3.
+    """
+    from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
+
+    read = safe_get_local_grad if engine.stage == 3 else safe_get_full_grad
+    found = {}
+    for name, parameter in engine.trainable():
+        gradient = parameter.grad if engine.stage == 0 else read(parameter)
+        found[name] = float(gradient.abs().max()) if gradient is not None and gradient.numel() else 0.0
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- hpZ

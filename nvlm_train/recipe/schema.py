@@ -756,6 +756,12 @@ class Checkpoint(Section):
 class Distributed(Section):
     """How long ranks wait for each other."""
 
+    rendezvous_s: int = key(
+        300,
+        doc="Seconds to wait at the start for ranks that have not come yet; then the run ends and names them.",
+        gt=0,
+        resume="free",
+    )
     timeout_s: int = key(
         600,
         doc="Seconds a collective may wait before the run ends with an error; loading and saving included.",
@@ -764,8 +770,22 @@ class Distributed(Section):
     )
     hang_s: int = key(
         1800,
-        doc="Seconds without the end of a step, a validation or a save after which a rank writes the stacks of all its "
-        "threads and ends the run with exit 1.",
+        doc="Seconds without the end of a step, a validation or a save after which every rank writes the stacks of its "
+        "threads, and the run ends with exit 1 and names the rank that the others wait for.",
+        gt=0,
+        resume="free",
+    )
+    silent_s: int = key(
+        120,
+        doc="Seconds without a heartbeat (one a second, sent by a thread) after which a rank counts as stopped or cut "
+        "off and the run ends with exit 1.",
+        gt=0,
+        resume="free",
+    )
+    agree_s: int = key(
+        300,
+        doc="Seconds that ranks asked to stop have for finishing the step and agreeing; then the run ends without a "
+        "save and names the missing ranks. Longer than a step.",
         gt=0,
         resume="free",
     )
@@ -866,6 +886,21 @@ class Recipe(Section):
     )
     optimizer: Optimizer = key(doc="AdamW and its learning rates.")
     schedule: Schedule = key(Schedule(), doc="Learning-rate schedule.", resume="ask")
+    on_nonfinite: Literal["stop", "skip"] = key(
+        "stop",
+        doc="What a step with a loss or gradient that is not finite does, on all ranks alike; it never changes a "
+        "weight. stop: save the state before it and end. skip: go on with the next one.",
+        resume="free",
+    )
+    max_nonfinite_steps: int = key(
+        5, doc="With on_nonfinite: skip, so many such steps in a row stop the run all the same.", ge=1, resume="free"
+    )
+    worst_case_first: bool = key(
+        True,
+        doc="Run the heaviest packs of the plan forward and backward before the first step, and discard them: what "
+        "does not fit into memory shows in the first minute.",
+        resume="free",
+    )
     precision: Literal["bf16", "fp32"] = key("bf16", doc="Type of weights and activations; master weights are fp32.")
     activation_checkpointing: Literal["none", "full"] = key(
         "none", doc="full: recompute each decoder layer in the backward pass.", resume="free"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nvlm_train import checkpoint
+from nvlm_train.data.windows import Stretch
 from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
 from nvlm_train.engine.node import ReadOncePerNode
@@ -36,6 +37,7 @@ from nvlm_train.model.pretrained import (
 from nvlm_train.model.vision import InternVit
 from nvlm_train.recipe.resolve import Resolved, check_resume, recipe_to_dict
 from nvlm_train.recipe.schema import Recipe
+from nvlm_train.train.branch import Branch, recorded_branch
 from nvlm_train.train.feature_cache import FeatureCache, open_cache
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,18 @@ class Progress:
     best_measure: str | None = None  # what `best_loss` was measured on, see `validation_measure`
     validations_without_improvement: int = 0
     validation_due: bool = False  # the run was asked to stop where it would have validated
+    skipped_steps: int = 0  # of `step`, those left out because a loss or gradient was not finite
+    nonfinite_in_a_row: int = 0  # such steps just before this one
+
+    @property
+    def adam_step(self) -> int:
+        """Updates that AdamW has really made."""
+        return self.step - self.skipped_steps
+
+    def forget_best(self) -> None:
+        """For a run that goes on from another's checkpoint: the best one so far is not in its own directory."""
+        self.best_loss = self.best_step = self.best_measure = None
+        self.validations_without_improvement = 0
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Progress:
@@ -85,17 +99,31 @@ class Start:
     changes: list[str]  # keys that differ from the last attempt, allowed
     resume: str = "auto"
     later: list[int] = field(default_factory=list)  # complete checkpoints after `step`, to be set aside
+    branch: Branch | None = None  # where the run began, if in another run's checkpoint
+    leaves: bool = False  # `checkpoint` is that of the other run
 
     @property
     def checkpoint(self) -> Path | None:
+        if self.leaves and self.branch is not None:
+            return self.branch.checkpoint
         return self.run / f"step_{self.step}" if self.step else None
 
+    @property
+    def skipped(self) -> tuple[Stretch, ...]:
+        """Data steps that this run never draws."""
+        return self.branch.skipped if self.branch is not None else ()
 
-def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
-    """Looks at the run directory before anything is built.
+    @property
+    def skipped_before(self) -> tuple[Stretch, ...]:
+        """Those that `checkpoint` knew of."""
+        return self.branch.inherited if self.leaves and self.branch is not None else self.skipped
 
-    Raises RecipeError when the directory belongs to a run that this recipe would change, or when `resume` is "never"
-    and it is not empty, or names a step without a complete checkpoint.
+
+def find_start(recipe: Recipe, resume: str, accept: Sequence[str], branch: Branch | None = None) -> Start:
+    """Looks at the run directory before anything is built. branch: what `--from` names.
+
+    Raises RecipeError when the directory belongs to a run that this recipe would change, or that did not begin with
+    `branch`, or when `resume` is "never" and it is not empty, or names a step without a complete checkpoint.
     """
     run = Path(recipe.output_dir)
     if run.exists() and not run.is_dir():
@@ -109,19 +137,31 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
                 f"output_dir: '{run}' holds checkpoints but no recipe.json, so it cannot be told whose they are; "
                 "name another folder"
             )
-        ours = ("data_index", "stop", "save", "bad_samples", "slurm", "attempts", "logs")
+        ours = ("data_index", "stop", "save", "bad_samples", "slurm", "attempts", "logs", "stacks_rank_")
         foreign = [] if not run.exists() else sorted(p.name for p in run.iterdir() if not p.name.startswith(ours))
         if foreign:
             log.warning(
                 "output_dir '%s' is no run of ours and not empty (%s, ...); the run's files are written beside what is "
                 "there", run, ", ".join(foreign[:3]),
             )  # fmt: skip
-        return Start(run, 0, [])
+        if branch is None:
+            return Start(run, 0, [])
+        then = checkpoint.read_json(branch.checkpoint.parent / "recipe.json")["recipe"]
+        changes = [str(difference.key) for difference in check_resume(then, recipe, accept)]
+        return Start(run, branch.step, changes, branch=branch, leaves=True)
     if resume == "never":
         raise RecipeError(f"output_dir: '{run}' already holds a run and --resume is never; name another folder")
     content = checkpoint.read_json(run / "recipe.json")
+    began = recorded_branch(content)
+    if branch is not None and (began is None or began.recorded != branch.recorded):
+        where = "from its init_from" if began is None else f"from {began.checkpoint}, skipping {began.skips()}"
+        raise RecipeError(
+            f"output_dir: '{run}' already holds a run, which began {where}, not from {branch.checkpoint}, skipping "
+            f"{branch.skips()}; give the new run an output_dir of its own"
+        )
     differences = check_resume(content["recipe"], recipe, accept)
-    step = steps[-1] if steps else 0
+    leaves = not steps and began is not None
+    step = steps[-1] if steps else began.step if began is not None else 0
     if content["attempts"] and content["attempts"][-1].get("resume") == resume:
         log.info("the last attempt went back to %s already; going on from step_%d", resume, step)
     elif resume.startswith("step_"):
@@ -130,7 +170,7 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
             there = ", ".join(f"step_{n}" for n in steps) or "none"
             raise RecipeError(f"--resume {resume}: '{run}' has no complete checkpoint of that step; there are: {there}")
     changes = [str(difference.key) for difference in differences]
-    return Start(run, step, changes, resume, [n for n in steps if n > step])
+    return Start(run, step, changes, resume, [n for n in steps if n > step], began, leaves)
 
 
 def set_aside(start: Start) -> None:
@@ -161,6 +201,7 @@ def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance
         "recipe_hash": resolved.recipe_hash,
         "recipe": recipe_to_dict(recipe),
         "earlier_run": _earlier_run(recipe),
+        "continued_from": start.branch.recorded if start.branch is not None else None,
         "attempts": attempts,
     }
     checkpoint.write_json(path, content)
@@ -340,10 +381,19 @@ class _Prefixed(torch.nn.Module):
 # ------------------------------------------------------------------------------------------------------ save, restore
 
 
-def save(built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: Resolved, data: dict[str, Any]) -> Path:
+def save(
+    built: Built,
+    run: Path,
+    progress: Progress,
+    recipe: Recipe,
+    resolved: Resolved,
+    data: dict[str, Any],
+    *,
+    prune: bool = True,
+) -> Path:
     """Saves a checkpoint of the state after `progress.step`; every rank calls it. See `checkpoint.save`.
 
-    data: where the data stands (`DataPlan.state`).
+    data: where the data stands (`DataPlan.state`). prune: whether older ones beyond checkpoint.keep_last go.
     """
     world = built.engine.world
     shapes = {name: tuple(full_shape(parameter)) for name, parameter in built.engine.trainable()}
@@ -351,7 +401,7 @@ def save(built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: 
         "recipe_hash": resolved.recipe_hash,
         "data_fingerprint": data["fingerprint"],
         "data": data,
-        "adam_step": progress.step,
+        "adam_step": progress.adam_step,
         "zero_stage": built.engine.stage,
         "groups": [
             {"name": g["name"], "peak_lr": g["peak_lr"], "weight_decay": g["weight_decay"], "names": g["names"]}
@@ -370,7 +420,7 @@ def save(built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: 
         control=world.control,
         gather=lambda value: dist.gather(world, value),
     )
-    if world.rank == 0:
+    if world.rank == 0 and prune:
         keep = [] if progress.best_step is None else [progress.best_step]
         checkpoint.prune(run, recipe.checkpoint.keep_last, keep)
     return path
