@@ -328,15 +328,39 @@ def slice_bounds(numel: int, world: World) -> tuple[int, int]:
     return min(world.rank * size, numel), min((world.rank + 1) * size, numel)
 
 
-def read_slices(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """This rank's slices of fp32 master and Adam moments of every trainable parameter: {name: {STATE_KEYS: f32[n]}}.
+class Snapshot:
+    """A copy in host memory of this rank's slices: fp32 master and Adam moments of every trainable parameter.
 
-    Under ZeRO 1 and 2 every rank must call it (their fragments are cut elsewhere, so each parameter is summed once).
+    The memory, 12 bytes a parameter over all ranks, is taken once (page-locked on a GPU's host) and filled by every
+    `take`: to take and touch it anew costs many times the copy.
     """
-    _prepare_optimizer_state(engine)
-    return {
-        name: {key: _read_slice(engine, parameter, key) for key in STATE_KEYS} for name, parameter in engine.trainable()
-    }
+
+    def __init__(self, engine: Engine) -> None:
+        bounds = {name: slice_bounds(full_shape(p).numel(), engine.world) for name, p in engine.trainable()}
+        sizes = {name: end - begin for name, (begin, end) in bounds.items()}
+        on_gpu = engine.world.device.type == "cuda"
+        buffer = torch.empty(sum(sizes.values()) * len(STATE_KEYS), dtype=torch.float32, pin_memory=on_gpu)
+        parts = iter(buffer.zero_().split([size for size in sizes.values() for _ in STATE_KEYS]))
+        self.slices = {name: {key: next(parts) for key in STATE_KEYS} for name in sizes}
+        self._engine = engine
+
+    def take(self) -> dict[str, dict[str, Tensor]]:
+        """Copies the state as it is now: {name: {STATE_KEYS: f32[n]}}, valid until the next `take`.
+
+        Under ZeRO 1 and 2 every rank must call it: their fragments are cut elsewhere, so each parameter is summed once.
+        """
+        _prepare_optimizer_state(self._engine)
+        for name, parameter in self._engine.trainable():
+            for key in STATE_KEYS:
+                self.slices[name][key].copy_(_read_slice(self._engine, parameter, key), non_blocking=True)
+        if self._engine.world.device.type == "cuda":
+            torch.cuda.synchronize(self._engine.world.device)
+        return self.slices
+
+
+def read_slices(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """This rank's slices in memory of their own. See `Snapshot`."""
+    return Snapshot(engine).take()
 
 
 def write_slices(engine: Engine, read: Callable[[str, str, int, int], Tensor], adam_step: int) -> None:
@@ -392,12 +416,12 @@ def _read_slice(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
         local = (
             safe_get_local_fp32_param(parameter) if key == "master" else safe_get_local_optimizer_state(parameter, key)
         )
-        return local.detach()[: end - begin].to("cpu", copy=True)
+        return local.detach()[: end - begin]
     if engine.stage == 0:
         full = parameter if key == "master" else engine.deepspeed.basic_optimizer.state[parameter][key]
     else:
         full = safe_get_full_fp32_param(parameter) if key == "master" else safe_get_full_optimizer_state(parameter, key)
-    return full.detach().flatten()[begin:end].to("cpu", torch.float32, copy=True)
+    return full.detach().flatten()[begin:end]
 
 
 def _write_slice(

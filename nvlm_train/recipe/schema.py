@@ -744,13 +744,59 @@ class Debug(Section):
 class Checkpoint(Section):
     """When the run is saved and what is kept."""
 
-    every_steps: int = key(500, doc="Steps between checkpoints; the last step is always saved.", gt=0, resume="free")
+    every_steps: int | None = key(
+        500, doc="Steps between checkpoints; null: none by steps. The last step is always saved.", gt=0, resume="free"
+    )
+    every_minutes: Number | None = key(
+        None, doc="Minutes between the beginnings of saves, by rank 0's clock, besides.", gt=0, resume="free"
+    )
     keep_last: int = key(
         2, doc="Newest checkpoints kept; the best one of validation is kept besides.", ge=1, resume="free"
+    )
+    keep_every_steps: int | None = key(
+        None, doc="At multiples of so many steps a checkpoint is saved and kept for good.", gt=0, resume="free"
+    )
+    weights_every: int | None = key(
+        None,
+        doc="Steps between milestones RUN/weights_N, kept for good: the trained weights in bf16, 2 bytes a parameter. "
+        "They can be exported and started from, not resumed.",
+        gt=0,
+        resume="free",
+    )
+    asynchronous: bool = key(
+        False,
+        doc="Write checkpoints beside the training, from a copy in host memory (12 bytes a trained parameter over all "
+        "ranks). The same guarantees; a checkpoint exists some steps later.",
+        resume="free",
+    )
+    timeout_s: int = key(
+        1800,
+        doc="Seconds a save may take before the run ends and names who has not finished.",
+        gt=0,
+        resume="free",
+    )
+    base: Literal["reference", "copy"] = key(
+        "reference",
+        doc="Frozen weights are named in RUN/base.json, with checksums; copy: copied to RUN/base once besides, so that "
+        "the run needs no other folder.",
+        resume="free",
     )
     signal: Literal["USR1", "USR2"] = key(
         "USR2", doc="Signal that means: finish the step, save, exit 0 (SIGTERM and SIGINT always do).", resume="free"
     )
+
+    @model_validator(mode="after")
+    def _is_saved_at_all(self) -> Checkpoint:
+        if self.every_steps is None and self.every_minutes is None and self.keep_every_steps is None:
+            raise Misfit(
+                [
+                    (
+                        "every_steps",
+                        "is null and so is every_minutes, so a crash would lose the whole run; give one of them",
+                    )
+                ]
+            )
+        return self
 
 
 class Distributed(Section):

@@ -27,6 +27,7 @@ from nvlm_train.train import announce, nonfinite, oom, state, step
 from nvlm_train.train.branch import Branch, check_base
 from nvlm_train.train.metrics import Clock, Console, MetricsFile, Sink, open_sinks, peak_memory_gib
 from nvlm_train.train.rehearsal import plan_rehearsal, rehearse
+from nvlm_train.train.saving import Saver
 from nvlm_train.train.stop import StopRequest
 from nvlm_train.train.stragglers import RankTimes, Stragglers, gather_times, planned_work, summary
 from nvlm_train.train.validation import ValidationResult, validate
@@ -63,7 +64,7 @@ def _train(
 ) -> None:
     """Builds everything, then runs the steps."""
     recipe = loaded.recipe
-    weights = state.open_weights(recipe)
+    weights = state.open_weights(recipe, start)
     account = state.account_for_weights(recipe, weights)
     attempt = announce.provenance(launch)
     watch.mark("opening the data")
@@ -79,7 +80,7 @@ def _train(
         dist.require_same(world, start.step, f"the step to start from in {start.run}", "is it one shared folder?")
         watch.mark("hashing the frozen weights")
         frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
-        state.write_base(start.run, frozen, world)
+        state.write_base(start.run, frozen, recipe.checkpoint.base == "copy", world)
         if start.leaves and start.branch is not None:
             check_base(start.run, start.branch)
         if not start.step:
@@ -91,7 +92,7 @@ def _train(
             progress.forget_best()
         with dist.agreed(world, "writing the run's files"):
             if launch.rank == 0:
-                checkpoint.clear_leftovers(start.run)
+                checkpoint.set_leftovers_aside(start.run)
                 state.set_aside(start)
                 state.write_run_files(start, recipe, resolved, attempt)
         if _stopped_early(recipe, progress):
@@ -157,6 +158,7 @@ def _run(
     console = Console(progress.step, num_steps) if rank0 else None
     config = {"recipe_hash": resolved.recipe_hash, **recipe_to_dict(recipe)}
     sinks = open_sinks(recipe.log.to, run, recipe.run_name, recipe.log.wandb_project, config) if rank0 else []
+    saver = Saver(built, run, recipe, resolved, console.say if console is not None else lambda text: None, watch.alive)
     pin_for = world.device if world.device.type == "cuda" else None
     loader = StepLoader(plan, start_step=progress.step, end_step=num_steps, pin_for=pin_for)
     clock, waits = Clock(world.device), step.Waits()
@@ -184,19 +186,20 @@ def _run(
             ended = time.perf_counter()
             watch.mark("agreement")
             stop_asked, save_asked = stop.asked()
-            asked = [sum(losses), float(stop_asked), float(save_asked)]
-            loss, stops, saves = dist.sum_over_ranks(world, asked, torch.float64)
+            asked = [sum(losses), float(stop_asked), float(save_asked), *saver.votes()]
+            loss, stops, saves, *votes = dist.sum_over_ranks(world, asked, torch.float64)
             loss = loss / counts["trained_tokens"]
             waits.control += time.perf_counter() - ended
             waited, collective_wait = waits.take(), collectives.take()
             skipped = not math.isfinite(grad_norm)  # and nothing was updated
             assert skipped or math.isfinite(loss), f"step {progress.step + 1} was trained with a loss of {loss}"
             if skipped:
-                nonfinite.leave_out(recipe, resolved, built, plan, progress, run, data, losses, loss)
+                nonfinite.leave_out(recipe, resolved, built, plan, progress, run, data, losses, loss, saver)
             if stops:
                 watch.stop_agreed()
             step.advance(progress, counts, skipped=skipped)
             clock.stop("step")
+            saver.agree(votes)
             watch.alive()
             last = progress.step == num_steps
             tokens, tiles = tokens + counts["tokens"], tiles + counts["tiles"]
@@ -236,17 +239,20 @@ def _run(
                 improved, early = _validate(recipe, world, built, plan, progress, metrics, console, sinks)
                 watch.alive()
 
-            if last or stops or saves or improved or early or progress.step % recipe.checkpoint.every_steps == 0:
-                began = time.monotonic()
-                watch.mark("save")
-                path = state.save(built, run, progress, recipe, resolved, plan.state(progress.step))
-                watch.alive()
-                if console is not None:
-                    console.say(f"saved {path} in {time.monotonic() - began:.1f} s")
+            watch.mark("save")
+            saver.save_if_due(
+                progress,
+                plan.state,
+                asked=bool(saves),
+                best=improved,
+                final=last or bool(stops) or early,
+            )
             if stops or early:
                 if console is not None:
                     why = f"asked by {stop.reason or 'another rank'}" if stops else "validation no longer improves"
-                    console.say(f"stopped after step {progress.step} of {num_steps}: {why}; saved {path}")
+                    console.say(
+                        f"stopped after step {progress.step} of {num_steps}: {why}; saved {run}/step_{progress.step}"
+                    )
                 stop.forget_file()
                 break
             since = time.monotonic() if progress.step % recipe.log.every_steps == 0 else since  # not of the next steps
@@ -256,6 +262,7 @@ def _run(
             raise
     finally:
         collectives.remove()
+        saver.close()
         loader.close()
         if built.cache is not None:
             log.info("%s", built.cache.summary())

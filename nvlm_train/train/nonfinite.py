@@ -19,6 +19,7 @@ from nvlm_train.errors import NvlmError
 from nvlm_train.recipe.resolve import Resolved
 from nvlm_train.recipe.schema import Recipe
 from nvlm_train.train import state
+from nvlm_train.train.saving import Saver
 
 
 def leave_out(
@@ -31,6 +32,7 @@ def leave_out(
     data: StepData,
     losses: list[float],
     loss: float,
+    saver: Saver,
 ) -> None:
     """Writes a broken step down; returns where the run goes on. Every rank calls it, before the step is counted.
 
@@ -41,9 +43,7 @@ def leave_out(
     file = _write_down(run, world, data, losses, loss=loss, data_step=drawn, recipe_hash=resolved.recipe_hash)
     if recipe.on_nonfinite == "skip" and progress.nonfinite_in_a_row + 1 < recipe.max_nonfinite_steps:
         return
-    saved = dist.gather(world, checkpoint.committed_steps(run))[0]  # as rank 0 sees the folder
-    if progress.step and progress.step not in saved:
-        state.save(built, run, progress, recipe, resolved, plan.state(progress.step), prune=False)
+    saver.save_before_stop(progress, plan.state(progress.step))
     _stop(recipe, run, data.step + 1, drawn, loss, file)
 
 

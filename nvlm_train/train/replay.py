@@ -125,7 +125,7 @@ def run_again(loaded: LoadedRecipe, file: Path, accept: Sequence[str] = ()) -> R
     begin = branch.step if leaves and branch is not None else saved
     start = state.Start(run, begin, [], branch=branch, leaves=leaves)
 
-    weights = state.open_weights(recipe)
+    weights = state.open_weights(recipe, start)
     state.account_for_weights(recipe, weights)
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size, skipped=start.skipped)
     resolved = resolve(recipe, launch.world_size, plan.num_steps)

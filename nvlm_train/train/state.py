@@ -98,7 +98,8 @@ class Start:
     step: int  # 0: from `init_from`
     changes: list[str]  # keys that differ from the last attempt, allowed
     resume: str = "auto"
-    later: list[int] = field(default_factory=list)  # complete checkpoints after `step`, to be set aside
+    new_init_from: bool = False  # init_from is not what the last attempt had
+    later: list[str] = field(default_factory=list)  # complete checkpoints after `step`, to be set aside
     branch: Branch | None = None  # where the run began, if in another run's checkpoint
     leaves: bool = False  # `checkpoint` is that of the other run
 
@@ -168,9 +169,15 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str], branch: Branc
         step = int(resume.removeprefix("step_"))
         if step not in steps:
             there = ", ".join(f"step_{n}" for n in steps) or "none"
+            if step in checkpoint.committed_steps(run, "weights"):
+                there += f" (weights_{step} holds bf16 weights alone, which a new run can start from: init_from.run)"
             raise RecipeError(f"--resume {resume}: '{run}' has no complete checkpoint of that step; there are: {there}")
     changes = [str(difference.key) for difference in differences]
-    return Start(run, step, changes, resume, [n for n in steps if n > step], began, leaves)
+    later = [f"step_{n}" for n in steps if n > step]
+    if resume == f"step_{step}":
+        later = [f"weights_{n}" for n in checkpoint.committed_steps(run, "weights") if n > step] + later
+    moved = content["recipe"].get("init_from") != recipe_to_dict(recipe)["init_from"]
+    return Start(run, step, changes, resume, moved, later, began, leaves)
 
 
 def set_aside(start: Start) -> None:
@@ -184,23 +191,24 @@ def set_aside(start: Start) -> None:
     metrics = start.run / "metrics.jsonl"
     if metrics.exists():
         shutil.copy2(metrics, folder / metrics.name)
-    for step in reversed(start.later):  # the newest first: interrupted, the rest is still a run without a gap
-        (start.run / f"step_{step}").rename(folder / f"step_{step}")
-    log.info("set aside %s in %s", ", ".join(f"step_{step}" for step in start.later), folder)
+    for name in reversed(start.later):  # the newest first: interrupted, the rest is still a run without a gap
+        (start.run / name).rename(folder / name)
+    log.info("set aside %s in %s", ", ".join(start.later), folder)
 
 
 def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance: dict[str, Any]) -> None:
     """Writes RUN/recipe.json; earlier attempts stay listed in it."""
     start.run.mkdir(parents=True, exist_ok=True)
     path = start.run / "recipe.json"
-    attempts = checkpoint.read_json(path)["attempts"] if path.exists() else []
+    before = checkpoint.read_json(path) if path.exists() else {}
+    attempts = before.get("attempts", [])
     went_back = start.resume if start.resume.startswith("step_") else None
     attempts.append({"from_step": start.step, "changed": start.changes, "resume": went_back, **provenance})
     content = {
         "format": checkpoint.FORMAT,
         "recipe_hash": resolved.recipe_hash,
         "recipe": recipe_to_dict(recipe),
-        "earlier_run": _earlier_run(recipe),
+        "earlier_run": before.get("earlier_run") if start.step and not start.new_init_from else _earlier_run(recipe),
         "continued_from": start.branch.recorded if start.branch is not None else None,
         "attempts": attempts,
     }
@@ -221,12 +229,17 @@ def _earlier_run(recipe: Recipe) -> dict[str, Any] | None:
     }
 
 
-def write_base(run: Path, frozen: dict[str, str], world: dist.World) -> None:
+def write_base(run: Path, frozen: dict[str, str], copy: bool, world: dist.World) -> None:
     """Writes or checks RUN/base.json; every rank hashes its share of the files. See `checkpoint.write_base`."""
     with dist.agreed(world, f"making {run}"):
         run.mkdir(parents=True, exist_ok=True)
     checkpoint.write_base(
-        run, frozen, rank=world.rank, world_size=world.world_size, gather=lambda value: dist.gather(world, value)
+        run,
+        frozen,
+        copy=copy,
+        rank=world.rank,
+        world_size=world.world_size,
+        gather=lambda value: dist.gather(world, value),
     )
 
 
@@ -268,8 +281,16 @@ class _Only:
         return getattr(self._weights, attribute)
 
 
-def open_weights(recipe: Recipe) -> Weights:
-    """What `init_from` names, as one: folders first, an earlier run's trained modules in place of theirs."""
+def open_weights(recipe: Recipe, start: Start) -> Weights:
+    """What `init_from` names, as one: folders first, an earlier run's trained modules in place of theirs.
+
+    A run that has copies of its frozen weights (`checkpoint.base`) goes on from them, as long as init_from names the
+    same: the folders may be gone.
+    """
+    if start.checkpoint is not None and not start.new_init_from:
+        own = checkpoint.open_checkpoint(start.checkpoint)
+        if own.self_contained:
+            return own
     parts: list[Weights] = []
     earlier = None
     if recipe.init_from.run is not None:
@@ -381,23 +402,12 @@ class _Prefixed(torch.nn.Module):
 # ------------------------------------------------------------------------------------------------------ save, restore
 
 
-def save(
-    built: Built,
-    run: Path,
-    progress: Progress,
-    recipe: Recipe,
-    resolved: Resolved,
-    data: dict[str, Any],
-    *,
-    prune: bool = True,
-) -> Path:
-    """Saves a checkpoint of the state after `progress.step`; every rank calls it. See `checkpoint.save`.
+def describe(built: Built, resolved: Resolved, progress: Progress, data: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's state.json says of the state after `progress.step`, beside shapes and files.
 
     data: where the data stands (`DataPlan.state`). prune: whether older ones beyond checkpoint.keep_last go.
     """
-    world = built.engine.world
-    shapes = {name: tuple(full_shape(parameter)) for name, parameter in built.engine.trainable()}
-    state = {
+    return {
         "recipe_hash": resolved.recipe_hash,
         "data_fingerprint": data["fingerprint"],
         "data": data,
@@ -409,21 +419,6 @@ def save(
         ],
         "progress": vars(progress),
     }
-    path = checkpoint.save(
-        run,
-        progress.step,
-        zero.read_slices(built.engine),
-        shapes,
-        state,
-        rank=world.rank,
-        world_size=world.world_size,
-        control=world.control,
-        gather=lambda value: dist.gather(world, value),
-    )
-    if world.rank == 0 and prune:
-        keep = [] if progress.best_step is None else [progress.best_step]
-        checkpoint.prune(run, recipe.checkpoint.keep_last, keep)
-    return path
 
 
 def restore(built: Built, path: Path) -> Progress:
@@ -432,6 +427,8 @@ def restore(built: Built, path: Path) -> Progress:
     with dist.agreed(world, f"reading {path}"):
         opened = checkpoint.Checkpoint(path)
         opened.verify_checksums(world.rank, world.world_size)
+        if opened.kind != "step":
+            raise CheckpointError(f"{path} holds bf16 weights alone and cannot be resumed; name it in init_from.run")
     names = {name: full_shape(parameter) for name, parameter in built.engine.trainable()}
     problems = [f"{name}: not in the checkpoint" for name in sorted(set(names) - set(opened.shapes))]
     problems += [f"{name}: not trained by this recipe" for name in sorted(set(opened.shapes) - set(names))]

@@ -268,7 +268,7 @@ def save_and_restore(
         shapes = {name: tuple(full_shape(p)) for name, p in engine.trainable()}
         checkpoint.save(
             run, 3, zero.read_slices(engine), shapes, {"adam_step": 3}, rank=rank, world_size=world_size,
-            control=world.control, gather=lambda value: dist.gather(world, value),
+            gather=lambda value: dist.gather(world, value),
         )  # fmt: skip
         out["uninterrupted"] = train(engine, tower, world, range(3, 6))
         out["state_uninterrupted"] = full_state(engine, world)

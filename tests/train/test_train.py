@@ -370,13 +370,14 @@ def test_changed_data_is_refused_on_resume(inputs: Path, tmp_path: Path) -> None
     assert run(recipe, out, "max_steps=3", accept=["max_steps", "data"]) == (0, "")
 
 
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_full_disk_on_one_rank_stops_all_and_keeps_the_last_checkpoint(
-    inputs: Path, whole: Path, tmp_path: Path
+    inputs: Path, whole: Path, tmp_path: Path, asynchronous: str
 ) -> None:
     out = tmp_path / "run"
-    results = run_distributed(
-        2, JOBS + "train_with_full_disk", recipe=str(inputs), overrides=[f"output_dir={out}"], on_rank=1, save_number=2
-    )
+    overrides = [f"output_dir={out}", f"checkpoint.asynchronous={asynchronous}"]
+    job = JOBS + "train_with_full_disk"
+    results = run_distributed(2, job, recipe=str(inputs), overrides=overrides, on_rank=1, save_number=2)
     for code, text in results:
         assert code == 2
         assert "step_4 failed, the previous checkpoint is untouched: rank 1: OSError: [Errno 28] No space left" in text
