@@ -43,7 +43,7 @@ def test_hpz_is_compared_with_hpz_off() -> None:
 @pytest.mark.slow
 def test_hpz_in_two_groups_of_two() -> None:
     found = run_distributed(4, JOBS + "hpz_in_groups")[0]
-    assert found["2"] == pytest.approx(found["1"], abs=1e-6)  # measured on 2 ranks: equal
+    assert found["2"] == pytest.approx(found["1"], abs=1e-6)  # measured: equal
 
 
 @pytest.mark.parametrize(
