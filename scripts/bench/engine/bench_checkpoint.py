@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -29,8 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 LANGUAGE_MODEL = dict(
-    hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
-    vocab_size=16384,
+    hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+    vocab_size=8192,
 )  # fmt: skip
 VISION = dict(
     hidden_size=18, intermediate_size=30, num_hidden_layers=2, num_attention_heads=3, image_size=8, patch_size=2
@@ -154,13 +155,11 @@ def main() -> None:
         found["load"] = timed(load)
         found["copy_cpu"], found["stall_cpu"] = statistics.median(copy_cpu), sum(stall_cpu)
         rounds.append(found)
-
-    opened = checkpoint.Checkpoint(run)
-    if world.rank == 0:
-        stored = sum(entry["bytes"] for entry in opened.state["files"].values())
-        report(args, rounds, parameters, stored, world.world_size)
-        if args.folder is None:
-            shutil.rmtree(folder)
+        if world.rank == 0:  # after every round: on a busy machine the next one may take long
+            stored = sum(entry["bytes"] for entry in checkpoint.Checkpoint(run).state["files"].values())
+            report(args, rounds, parameters, stored, world.world_size)
+    if world.rank == 0 and args.folder is None:
+        shutil.rmtree(folder)
     dist.stop(world)
 
 
@@ -192,7 +191,7 @@ def report(args: Any, rounds: list[dict[str, Any]], parameters: int, stored: int
         "",
         f"Machine: 2 CPU cores shared with other work, no GPU, ext4 on a virtual disk; {platform.python_version()}. "
         f"Command: `torchrun --standalone --nproc_per_node {world_size} scripts/bench/engine/bench_checkpoint.py "
-        f"--rounds {args.rounds}`.",
+        f"--rounds {args.rounds} --tokens {args.tokens}`. {len(rounds)} rounds; load average {os.getloadavg()[0]:.0f}.",
         "",
         *(line.strip() for line in __doc__.split("\n\n", 2)[2].strip().splitlines()),
         "",
