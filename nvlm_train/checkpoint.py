@@ -56,7 +56,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from nvlm_train.errors import CheckpointError, LostRankError
+from nvlm_train.errors import CheckpointError, PeerError
 
 FORMAT = 1
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
@@ -273,11 +273,11 @@ class Save:
         return time.monotonic() - self.began > limit_s
 
     def raise_late(self, limit_s: float) -> None:
-        """Raises LostRankError on every rank, naming those that have not finished."""
+        """Raises PeerError on every rank, naming those that have not finished."""
         waiting = self._gather(None if self.ready() else platform.node())
         ranks = ", ".join(f"rank {rank} on {host}" for rank, host in enumerate(waiting) if host is not None)
         self._abandoned.set()
-        raise LostRankError(
+        raise PeerError(
             f"{self._what}: {ranks or 'every rank'} did not finish within checkpoint.timeout_s {limit_s:g}; the "
             f"previous checkpoint is untouched. Look at the file system there, or raise checkpoint.timeout_s"
         )
@@ -791,6 +791,7 @@ class CheckpointWeights:
         content = read_json(self.checkpoint.run / "recipe.json")
         self.recipe: dict[str, Any] = content["recipe"]
         self.earlier_run: dict[str, Any] | None = content.get("earlier_run")
+        self.continued_from: dict[str, Any] | None = content.get("continued_from")
         base = read_json(self.checkpoint.run / "base.json")
         self.trained = set(self.checkpoint.shapes)
         self._frozen: dict[str, dict[str, str]] = base["tensors"]

@@ -114,16 +114,24 @@ class Saver:
             self._waited_s += time.monotonic() - began
             self._tell()
 
+    def save_before_stop(self, progress: state.Progress, data: dict[str, Any]) -> None:
+        """Saves the state as it is, at once, unless it is saved already; no older checkpoint goes then."""
+        self.finish()
+        saved = dist.gather(self._world, checkpoint.committed_steps(self._run))[0]  # as rank 0 sees the folder
+        if progress.step and progress.step not in saved:
+            self._begin(progress, data, ["step"], prune=False)
+            self.finish()
+
     def close(self) -> None:
         """Lets go of a save that is still on its way: the run ends with an error."""
         if self._save is not None:
             self._save.abandon()
 
-    def _begin(self, progress: state.Progress, data: dict[str, Any], kinds: list[str]) -> None:
+    def _begin(self, progress: state.Progress, data: dict[str, Any], kinds: list[str], prune: bool = True) -> None:
         began = time.monotonic()
         keep = [] if progress.best_step is None else [progress.best_step]
 
-        def prune() -> None:
+        def remove_older() -> None:
             try:
                 checkpoint.prune(self._run, self._recipe.keep_last, keep, self._recipe.keep_every_steps)
             except OSError as error:  # the new checkpoint is there all the same
@@ -138,7 +146,7 @@ class Saver:
             world_size=self._world.world_size,
             gather=lambda value: dist.gather(self._world, value),
             kinds=kinds,
-            committed=prune,
+            committed=remove_older if prune else lambda: None,
         )
         save.begin((self._snapshot or zero.Snapshot(self._engine)).take())
         self._save = save

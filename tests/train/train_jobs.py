@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nvlm_train.engine import engine as zero
-from nvlm_train.errors import NvlmError
+from nvlm_train.errors import NvlmError, PeerError
 from nvlm_train.recipe.load import load_recipe
 from nvlm_train.train import loop
 
@@ -27,7 +27,9 @@ def train(
     try:
         return loop.train(load_recipe(recipe, overrides), resume, list(accept)), ""
     except NvlmError as error:
-        return error.exit_code, f"{type(error).__name__}: {error}"
+        return 2, f"{type(error).__name__}: {error}"
+    except PeerError as error:
+        return 1, f"{type(error).__name__}: {error}"
 
 
 def train_with_signal(
