@@ -4,9 +4,9 @@
     torchrun --standalone --nproc_per_node 2 scripts/bench/engine/bench_checkpoint.py [--rounds 5] [--out FOLDER]
 
 A decoder under ZeRO-3 in fp32, text alone, through the Saver of a training. Each round does everything once, in turn:
-steps without a save; a copy of as many bytes as this rank's state from one piece of memory to another that has been
-used before; a save beside the training, with steps until it is committed; a save at once; a load into the same engine.
-Times are of the slowest rank. A stall is how long the training stood still: copying, exchanging, committing.
+steps without a save; a copy of this rank's state, as whole tensors, to memory that has been used before; a save beside
+the training, with steps until it is committed; a save at once; a load into the same engine. Times are of the slowest
+rank. A stall is how long the training stood still: copying, exchanging, committing.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def main() -> None:
         )
 
     def copy() -> None:
-        target.copy_(source)
+        with torch.no_grad():
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
 
     def load() -> None:
         opened = checkpoint.Checkpoint(run)
@@ -133,15 +135,17 @@ def main() -> None:
         step()
     save(savers[False])  # DeepSpeed's and torch's first-time work
     parameters = sum(torch.Size(shape).numel() for shape in savers[True]._shapes.values())
-    source = torch.ones(-(-parameters // world.world_size) * len(zero.STATE_KEYS))
-    target = torch.zeros_like(source)
+    flats = list(engine.optimizer.fp32_partitioned_groups_flat)
+    moments = [engine.deepspeed.basic_optimizer.state[flat][key] for flat in flats for key in zero.STATE_KEYS[1:]]
+    sources = [*flats, *moments]
+    targets = [torch.zeros_like(source) for source in sources]
     rounds: list[dict[str, Any]] = []
     saver = savers[True]
     for _ in range(args.rounds):
         copy_cpu: list[float] = []
         stall_cpu: list[float] = []
-        found: dict[str, Any] = {"steps": [timed(step) for _ in range(3)]}
-        found["copy"] = statistics.median(timed(copy, copy_cpu) for _ in range(3))
+        found: dict[str, Any] = {"steps": [timed(step) for _ in range(2)]}
+        found["copy"] = timed(copy, copy_cpu)
         begun = time.perf_counter()
         found["begin"] = timed(lambda: save(saver), stall_cpu)
         found["steps_beside"], found["commit"] = [], 0.0
@@ -153,7 +157,7 @@ def main() -> None:
         step()
         found["at_once"] = timed(lambda: save(savers[False]))
         found["load"] = timed(load)
-        found["copy_cpu"], found["stall_cpu"] = statistics.median(copy_cpu), sum(stall_cpu)
+        found["copy_cpu"], found["stall_cpu"] = sum(copy_cpu), sum(stall_cpu)
         rounds.append(found)
         if world.rank == 0:  # after every round: on a busy machine the next one may take long
             stored = sum(entry["bytes"] for entry in checkpoint.Checkpoint(run).state["files"].values())
