@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 LANGUAGE_MODEL = dict(
-    hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+    hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
     vocab_size=8192,
 )  # fmt: skip
 VISION = dict(
@@ -80,8 +80,10 @@ def main() -> None:
     model_config = recipe(False).model
     tower = InternVit(model_config.vision).requires_grad_(False)
     settings = deepspeed_config(recipe(False))
-    with zero.partitioned_at_birth(settings):
+    with zero.partitioned_at_birth(settings, world.device, torch.float32):
         model = NvlmD(model_config, with_vision=False)
+    for parameter in model.parameters():  # made without values
+        parameter.ds_tensor.normal_(std=0.02)  # type: ignore[attr-defined]
     groups = parameter_groups(
         model.named_parameters(), recipe(False).optimizer, {"vision": 0.0, "projector": 1e-4, "language_model": 1e-4}
     )
