@@ -104,7 +104,7 @@ class Start:
     @property
     def goes_on_from(self) -> Path | None:
         """The checkpoint to go on from, where init_from names what it did when that was saved."""
-        return None if self.new_init_from else self.checkpoint
+        return None if self.new_init_from or self.leaves else self.checkpoint
 
     @property
     def skipped(self) -> tuple[Stretch, ...]:
@@ -146,7 +146,8 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str], branch: Branc
             return Start(run, 0, [])
         then = checkpoint.read_json(branch.checkpoint.parent / "recipe.json")["recipe"]
         changes = [str(difference.key) for difference in check_resume(then, recipe, accept)]
-        return Start(run, branch.step, changes, branch=branch, leaves=True)
+        moved = then.get("init_from") != recipe_to_dict(recipe)["init_from"]
+        return Start(run, branch.step, changes, new_init_from=moved, branch=branch, leaves=True)
     if resume == "never":
         raise RecipeError(f"output_dir: '{run}' already holds a run and --resume is never; name another folder")
     content = checkpoint.read_json(run / "recipe.json")
@@ -206,6 +207,8 @@ def write_run_files(
     path = start.run / "recipe.json"
     before = checkpoint.read_json(path) if path.exists() else {}
     attempts = before.get("attempts", [])
+    if not before and start.leaves and start.branch is not None:  # what the other run came from is behind this one too
+        before = checkpoint.read_json(start.branch.checkpoint.parent / "recipe.json")
     went_back = start.resume if start.resume.startswith("step_") else None
     attempts.append({"from_step": start.step, "changed": start.changes, "resume": went_back, **provenance})
     content = {
