@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nvlm_train.recipe.schema import LanguageModel, Model, Train, Vision
+from nvlm_train.recipe.schema import LORA_TARGETS, LanguageModel, Lora, Model, Train, Vision
 
 MODULES = ("vision", "projector", "language_model")
 NUM_DUMMY_HEADS = 7  # zero heads in published NVLM-D checkpoints: 25 real ones padded to 32 for tensor parallelism
@@ -66,11 +66,52 @@ def decoder_layer_parameters(lm: LanguageModel) -> int:
     return attention + 3 * width * lm.intermediate_size + 2 * width
 
 
+def linear_shapes(model: Model) -> dict[str, dict[str, tuple[int, int]]]:
+    """{module: {target: (inputs, outputs)}} of every linear layer that LoRA can be put on, one layer of the module."""
+    vision, lm = model.vision, model.language_model
+    e, ef, d, f = vision.hidden_size, vision.intermediate_size, lm.hidden_size, lm.intermediate_size
+    kv = lm.num_key_value_heads * (d // lm.num_attention_heads)
+    return {
+        "vision": {"qkv": (e, 3 * e), "proj": (e, e), "fc1": (e, ef), "fc2": (ef, e)},
+        "projector": {"fc1": (4 * e, f), "fc2": (f, d)},
+        "language_model": {
+            "q_proj": (d, d), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (d, d),
+            "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d),
+        },
+    }  # fmt: skip
+
+
+def num_layers(model: Model) -> dict[str, int]:
+    """How often `linear_shapes` of a module are there."""
+    return {
+        "vision": model.vision.num_hidden_layers,
+        "projector": 1,
+        "language_model": model.language_model.num_hidden_layers,
+    }
+
+
+def adapter_parameters(model: Model, module: str, options: Lora) -> int:
+    """Parameters of a module's LoRA adapters: rank x (inputs + outputs) of each target."""
+    shapes = linear_shapes(model)[module]
+    widths = sum(sum(shapes[target]) for target in options.targets or LORA_TARGETS[module])
+    return num_layers(model)[module] * options.rank * widths
+
+
+def trainable_parameters(model: Model, train: Train) -> dict[str, int]:
+    """Parameters that the optimizer steps, by module: all of a `full` one, the adapters of a `lora` one, else 0."""
+    counts = count_parameters(model)
+    return {
+        module: {"full": counts[module], "frozen": 0}.get(mode, adapter_parameters(model, module, getattr(train.lora, module)))
+        for module, mode in train.modes.items()
+    }
+
+
 @dataclass(frozen=True)
 class Flops:
     """Operations of one training step's parts. `useful` counts each once; `executed` adds what is recomputed.
 
-    A part costs its forward once, once more where its inputs need a gradient, once more where its weights do.
+    A part costs its forward once, once more where its inputs need a gradient, once more where its weights do. LoRA's
+    adapters cost the same three of their own; the weights beside them need no gradient.
 
     tile_forward: the tower on one tile.
     useful_per_token: decoder and head on one token of a sample of `sample_tokens` tokens, forward and backward.
@@ -93,15 +134,18 @@ class Flops:
         )
 
 
-def count_flops(model: Model, train: Train, sample_tokens: int, recompute: bool) -> Flops:
+def count_flops(model: Model, train: Train, sample_tokens: int, recompute: str) -> Flops:
     """Operations per token and tile for a recipe's model, frozen modules and activation recompute.
 
     sample_tokens: length of a sample, because attention grows with it; causal attention looks at half of it on average.
+    recompute: the recipe's activation_checkpointing. What `selective` computes again is no product, so it counts as
+    nothing here.
     """
-    trained = [getattr(train, module) == "full" for module in MODULES]
-    tower_passes = _passes(trained[0], upstream=False)
-    projector_passes = _passes(trained[1], upstream=trained[0])
-    decoder_passes = _passes(trained[2], upstream=trained[0] or trained[1])
+    modes = train.modes
+    trained = [mode != "frozen" for mode in modes.values()]
+    tower_passes = _passes(modes["vision"], upstream=False)
+    projector_passes = _passes(modes["projector"], upstream=trained[0])
+    decoder_passes = _passes(modes["language_model"], upstream=trained[0] or trained[1])
 
     tower = vision_forward_flops(model.vision)
     shuffled, lm = 4 * model.vision.hidden_size, model.language_model
@@ -116,16 +160,25 @@ def count_flops(model: Model, train: Train, sample_tokens: int, recompute: bool)
     # attention itself has no weights: its backward is two products for each one of the forward, whatever is frozen
     per_token = body * decoder_passes + attention * (3 if decoder_passes > 1 else 1) + head * decoder_passes
     per_tile = tower * tower_passes + projector * projector_passes
-    again = body + attention if recompute and decoder_passes > 1 else 0.0
-    return Flops(sample_tokens, tower, per_token, per_tile, per_token + again, per_tile)
+    beside = {  # forward of the adapters: two operations a parameter and row
+        module: 2.0 * adapter_parameters(model, module, getattr(train.lora, module)) if mode == "lora" else 0.0
+        for module, mode in modes.items()
+    }
+    tower_rows = patches_per_tile(model.vision) + 1
+    per_token += 3 * beside["language_model"]
+    per_tile += 3 * (beside["vision"] * tower_rows + beside["projector"] * image_tokens_per_tile(model.vision))
+    again = body + attention + beside["language_model"] if recompute == "full" and decoder_passes > 1 else 0.0
+    tile_again = tower + beside["vision"] * tower_rows if recompute == "full" and trained[0] else 0.0
+    return Flops(sample_tokens, tower, per_token, per_tile, per_token + again, per_tile + tile_again)
 
 
-def _passes(trained: bool, upstream: bool) -> int:
+def _passes(mode: str, upstream: bool) -> int:
     """Matrix products per weight: forward, plus one each for the gradients of inputs and of weights.
 
-    A trained module counts three even where nothing upstream takes its input's gradient (the usual 6 N per token).
+    A trained module counts three even where nothing upstream takes its input's gradient (the usual 6 N per token), and
+    one with adapters two.
     """
-    return 3 if trained else 2 if upstream else 1
+    return 3 if mode == "full" else 2 if upstream or mode == "lora" else 1
 
 
 def vision_forward_flops(vision: Vision) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +20,7 @@ class NvlmD(nn.Module):
     `batch.num_tile_chunks` times, and no trained weight is ever left without a gradient.
 
     config: architecture and sizes. with_vision: False leaves the tower out; the caller then brings `features`.
-    activation_checkpointing: "full" recomputes each decoder layer in backward.
+    activation_checkpointing: what is computed again in backward, see `model.recompute`.
     tiles_per_chunk: tiles that go through the tower at once. kernels: "auto", or "torch" for plain PyTorch.
     """
 
@@ -31,7 +29,7 @@ class NvlmD(nn.Module):
         config: schema.Model,
         *,
         with_vision: bool = True,
-        activation_checkpointing: Literal["none", "full"] = "none",
+        activation_checkpointing: str = "none",
         tiles_per_chunk: int = 16,
         kernels: str = "auto",
     ) -> None:
@@ -39,10 +37,10 @@ class NvlmD(nn.Module):
         self.config = config
         self.tiles_per_chunk = tiles_per_chunk
         if with_vision:
-            self.vision_model = InternVit(config.vision)
+            self.vision_model = InternVit(config.vision, activation_checkpointing)
         self.projector = Projector(config)
         self.language_model = LanguageModel(
-            config.language_model, activation_checkpointing=activation_checkpointing == "full", kernels=kernels
+            config.language_model, activation_checkpointing=activation_checkpointing, kernels=kernels
         )
 
     def forward(self, batch: Batch, features: Tensor | None = None) -> Tensor:

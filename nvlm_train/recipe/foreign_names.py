@@ -228,7 +228,30 @@ FOREIGN: tuple[Foreign, ...] = (
         ),
         _tools(_HF, _LF, _SWIFT, _AXO, _IVL, _MEG),
         "activation_checkpointing",
-        "none or full",
+        "none, selective or full",
+    ),
+    Foreign(
+        ("use_lora", "use_llm_lora", "use_backbone_lora", "adapter", "tuner_type", "finetuning_type", "peft_type"),
+        _tools(_LF, _SWIFT, _AXO, _IVL),
+        "train.language_model",
+        "frozen, full or lora; the same for vision and projector",
+    ),
+    Foreign(
+        ("lora_r", "lora_rank"), _tools(_LF, _SWIFT, _AXO), "train.lora.language_model.rank", "by module"
+    ),
+    Foreign(("lora_alpha",), _tools(_LF, _SWIFT, _AXO), "train.lora.language_model.alpha", "by module"),
+    Foreign(("lora_dropout",), _tools(_LF, _SWIFT, _AXO), "train.lora.language_model.dropout", "by module"),
+    Foreign(
+        ("lora_target", "lora_target_modules", "target_modules", "lora_target_linear"),
+        _tools(_LF, _SWIFT, _AXO),
+        "train.lora.language_model.targets",
+        "by module; default: all linear layers",
+    ),
+    Foreign(
+        ("load_in_4bit", "quantization_bit", "quant_bits", "bnb_4bit_quant_type"),
+        _tools(_HF, _LF, _SWIFT, _AXO),
+        "train.quantize",
+        "none or nf4",
     ),
     Foreign(
         ("deepspeed", "deepspeed_config", "zero_optimization"),

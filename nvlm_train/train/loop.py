@@ -21,6 +21,7 @@ from nvlm_train.engine.launch import resolve_launch
 from nvlm_train.engine.optim import set_learning_rates
 from nvlm_train.errors import DataError, NvlmError
 from nvlm_train.log import set_up_logging
+from nvlm_train.model.lora import is_trained
 from nvlm_train.recipe.load import LoadedRecipe
 from nvlm_train.recipe.resolve import Resolved, lr_factor, recipe_to_dict, resolve
 from nvlm_train.recipe.schema import Recipe
@@ -113,7 +114,7 @@ def _stopped_early(recipe: Recipe, progress: state.Progress) -> bool:
 
 
 def _is_trained(recipe: Recipe, name: str) -> bool:
-    return getattr(recipe.train, state.module_of(name)) == "full"
+    return is_trained(name, recipe.train.modes[state.module_of(name)])
 
 
 def _run(
@@ -252,6 +253,8 @@ def _step(
     """One optimizer step. Returns this rank's sum of losses of each micro-step and the global gradient norm."""
     losses = []
     clock.start()
+    if built.draws is not None:
+        built.draws.start_step(recipe.seed, data.step)
     for number, host_batch in enumerate(data.micro_batches, start=1):
         batch = host_batch.to(world.device)
         features = tower_features(built.tower, batch, built.dtype, recipe.vision_tiles_per_chunk, built.cache)

@@ -20,6 +20,8 @@ from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
 from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
+from nvlm_train.model import lora
+from nvlm_train.model.dropout import Draws
 from nvlm_train.model.nvlm import NvlmD
 from nvlm_train.model.pretrained import (
     Account,
@@ -228,17 +230,43 @@ class _Only:
 def open_weights(recipe: Recipe) -> Weights:
     """What `init_from` names, as one: folders first, an earlier run's trained modules in place of theirs."""
     parts: list[Weights] = []
-    earlier = None
+    earlier: Weights | None = None
+    trained: set[str] = set()
     if recipe.init_from.run is not None:
-        earlier = checkpoint.open_checkpoint(recipe.init_from.run.path)
-        parts.append(_Only(earlier, sorted(set(earlier.names()) - earlier.trained)))
+        opened = checkpoint.open_checkpoint(recipe.init_from.run.path)
+        earlier, trained = opened, opened.trained
+        if recipe.init_from.adapters == "continue":
+            _check_continued(recipe, opened)
+            earlier, trained = opened.without_adapters(), set(opened.checkpoint.shapes)
+        parts.append(_Only(earlier, sorted(set(earlier.names()) - trained)))
     if recipe.init_from.vision is not None:
         parts.append(open_vision_folder(recipe.init_from.vision.path, recipe.model.vision))
     if recipe.init_from.language_model is not None:
         parts.append(open_language_model_folder(recipe.init_from.language_model.path, recipe.model.language_model))
     if earlier is not None:
-        parts.append(_Only(earlier, sorted(earlier.trained)))
+        parts.append(_Only(earlier, sorted(trained)))
     return merge(*parts)
+
+
+def _check_continued(recipe: Recipe, earlier: checkpoint.CheckpointWeights) -> None:
+    """Raises CheckpointError where the adapters of an earlier run are not those that this recipe would train on."""
+    path = recipe.init_from.run.path if recipe.init_from.run is not None else ""
+    if not earlier.adapters:
+        raise CheckpointError(
+            f"init_from.adapters is 'continue', but {path} has no LoRA adapters; remove it, or name a run that has"
+        )
+    wanted = lora.scales(recipe.train)
+    there = {a.split(".", 1)[0]: scale for a, _, scale in earlier.adapters.values()}
+    problems = [
+        f"{module}: alpha / rank is {there.get(module, 'not there')} in {path}, {wanted.get(module, 'none')} in the recipe"
+        for module in sorted({*there, *wanted})
+        if there.get(module) != wanted.get(module)
+    ]
+    if problems:
+        raise CheckpointError(
+            "init_from.adapters is 'continue', but the adapters differ:\n  " + "\n  ".join(problems)
+            + "\ngive the same train.lora, or init_from.adapters: merge"
+        )  # fmt: skip
 
 
 def verify_earlier_run(recipe: Recipe, world: dist.World) -> None:
@@ -254,16 +282,28 @@ def account_for_weights(recipe: Recipe, weights: Weights) -> Account:
 
     A module may be new as a whole, but not where it is frozen: it would stay as random as it began.
     """
-    found = account(expected_shapes(recipe.model), weights, ("projector.", "vision_model.", "language_model."))
+    expected = expected_shapes(recipe.model)
+    found = account(expected, _without_adapters(weights), ("projector.", "vision_model.", "language_model."))
     new = {module_of(name) for name in found.initialised}
     for module in sorted(new):
-        if getattr(recipe.train, module) == "frozen":
+        if recipe.train.modes[module] != "full":
             key = "run" if module == "projector" else module
             raise CheckpointError(
-                f"train.{module} is 'frozen', but nothing gives it weights, so it would stay random; name them in "
-                f"init_from.{key}, or train it"
+                f"train.{module} is {recipe.train.modes[module]!r}, but nothing gives it weights, so it would stay random; "
+                f"name them in init_from.{key}, or train it"
             )
-    return found
+    adapters = account(lora.adapter_shapes(recipe.model, recipe.train), _adapters_alone(weights), ("",))
+    return Account(
+        sorted(found.loaded + adapters.loaded), sorted(found.initialised + adapters.initialised), found.ignored
+    )
+
+
+def _without_adapters(weights: Weights) -> Weights:
+    return _Only(weights, [name for name in weights.names() if not lora.is_adapter(name)])
+
+
+def _adapters_alone(weights: Weights) -> Weights:
+    return _Only(weights, [name for name in weights.names() if lora.is_adapter(name)])
 
 
 # ------------------------------------------------------------------------------------------------------------- engine
@@ -278,6 +318,7 @@ class Built:
     dtype: torch.dtype
     groups: list[dict[str, Any]]
     cache: FeatureCache | None = None
+    draws: Draws | None = None  # what dropout is told at each step; None where there is none
 
 
 def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weights, *, skip_trained: bool) -> Built:
@@ -297,8 +338,9 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
             tiles_per_chunk=recipe.vision_tiles_per_chunk,
             kernels=recipe.kernels,
         )
+        draws = lora.add_adapters(model, recipe.model, recipe.train)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(getattr(recipe.train, module_of(name)) == "full")
+        parameter.requires_grad_(lora.is_trained(name, recipe.train.modes[module_of(name)]))
     if resolved.deepspeed["zero_optimization"]["stage"] != 3:
         model.to(device=world.device, dtype=dtype)
     slice_of, write = zero.write_slice(world)
@@ -307,7 +349,7 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     groups = parameter_groups(model.named_parameters(), recipe.optimizer, resolved.module_lr)
     optimizer = build_optimizer(groups, recipe.optimizer, world.device.type)
     cache = open_cache(recipe, tower, dtype)
-    return Built(zero.build(model, optimizer, resolved.deepspeed, world), tower, dtype, groups, cache)
+    return Built(zero.build(model, optimizer, resolved.deepspeed, world), tower, dtype, groups, cache, draws)
 
 
 def _frozen_tower(recipe: Recipe, weights: Weights, dtype: torch.dtype, device: torch.device) -> InternVit:
@@ -344,6 +386,7 @@ def save(built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: 
         "data": data,
         "adam_step": progress.step,
         "zero_stage": built.engine.stage,
+        "lora": lora.scales(recipe.train),
         "groups": [
             {"name": g["name"], "peak_lr": g["peak_lr"], "weight_decay": g["weight_decay"], "names": g["names"]}
             for g in built.groups
