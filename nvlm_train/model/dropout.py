@@ -46,6 +46,7 @@ class Draws:
     def __init__(self, image_tokens_per_tile: int) -> None:
         self._per_tile = image_tokens_per_tile
         self._step: int | None = None
+        self._tiles_done = 0  # of the batch, through the tower
         self._keys: dict[str, Tensor] = {}
 
     def start_step(self, seed: int, step: int) -> None:
@@ -63,20 +64,18 @@ class Draws:
         content = torch.zeros(len(bounds) - 1, dtype=torch.int64, device=ids.device)  # [G]
         content = content.index_add(0, segment, _mix(ids + places))
         keys = _mix(_mix(content + self._step)[segment] + places)  # [B*S]
-        self._keys = {"tokens": keys.view_as(batch.input_ids), "tiles": self._of_tiles(batch.tiles)}
+        flat = batch.tiles.flatten(1)  # [T, 3*px*px]
+        weights = _mix(torch.arange(flat.shape[1], device=ids.device) * _ODD)  # [3*px*px]
+        sums = [(tile * weights).sum() for tile in flat]  # one at a time: in i64 a tile is eight times as large
+        tiles = _mix(torch.stack(sums) + self._step) if sums else ids[:0]  # [T]
+        self._keys = {"tokens": keys.view_as(batch.input_ids), "tiles": tiles}
+        self._tiles_done = 0
 
-    def look_at_tiles(self, pixels: Tensor) -> None:
-        """Makes the keys of the tiles that go through the tower now: [T, 3, px, px] of any type."""
-        self._keys = {**self._keys, "patches": self._of_tiles(pixels)}
-
-    def _of_tiles(self, tiles: Tensor) -> Tensor:
-        """i64[T] of [T, 3, px, px]: a weighted sum of the pixels' bits."""
-        assert self._step is not None
-        if tiles.is_floating_point():
-            tiles = tiles.contiguous().view(torch.int32 if tiles.element_size() == 4 else torch.int16)
-        flat = tiles.flatten(1).long()  # [T, 3*px*px]
-        weights = _mix(torch.arange(flat.shape[1], device=tiles.device) * _ODD)  # [3*px*px]
-        return _mix((flat * weights).sum(1) + self._step)  # [T]
+    def next_tiles(self, count: int) -> None:
+        """The next `count` tiles of the batch, or zero tiles behind its last, go through the tower now."""
+        keys = self._keys["tiles"][self._tiles_done : self._tiles_done + count]
+        self._tiles_done += count
+        self._keys = {**self._keys, "patches": torch.cat((keys, keys.new_zeros(count - len(keys))))}
 
     def rows(self, kind: Rows, shape: torch.Size) -> Tensor:
         """i64[shape]: the key of every row of a dropout's input. Raises RuntimeError where rows of that shape are not

@@ -98,7 +98,7 @@ def add_adapters(model: nn.Module, config: schema.Model, train: schema.Train) ->
     model.register_forward_pre_hook(lambda module, args: draws.look_at(args[0]) if module.training else None)
     if train.lora.vision.dropout:
         tower: Any = model.vision_model
-        tower.register_forward_pre_hook(lambda module, args: draws.look_at_tiles(args[0]) if module.training else None)
+        tower.register_forward_pre_hook(lambda module, args: draws.next_tiles(len(args[0])) if module.training else None)
     for part in model.modules():
         if isinstance(getattr(part, "recompute", None), Recompute):
             part.recompute.draws = draws
