@@ -46,16 +46,18 @@ class Engine:
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
 
 
-def partitioned_at_birth(config: dict[str, Any], dtype: torch.dtype) -> AbstractContextManager[Any]:
+def partitioned_at_birth(config: dict[str, Any]) -> AbstractContextManager[Any]:
     """Context in which a model is built: under ZeRO-3 every parameter is partitioned as its module is made.
 
-    RoPE frequencies are computed from the configuration in fp32 by the model, so nothing here makes them bf16.
+    Its type is the configuration's. (Given a `dtype`, zero.Init of 0.19.8 takes bf16 instead on every machine without
+    fp16 arithmetic, such as AMD's CPUs, and fp32 training stops with mixed types.) RoPE frequencies are computed from
+    the configuration in fp32 by the model, so nothing here makes them bf16.
     """
     if config["zero_optimization"]["stage"] != 3:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype)
+    return deepspeed.zero.Init(config_dict_or_path=config)
 
 
 def write_slice(

@@ -330,7 +330,7 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     tower = None
     if recipe.train.vision == "frozen":
         tower = _frozen_tower(recipe, weights, dtype, world.device)
-    with zero.partitioned_at_birth(resolved.deepspeed, dtype):
+    with zero.partitioned_at_birth(resolved.deepspeed):
         model = NvlmD(
             recipe.model,
             with_vision=tower is None,

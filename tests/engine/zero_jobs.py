@@ -66,7 +66,7 @@ def start(
                 parameter.copy_(seeded_value("vision_model." + name, tuple(parameter.shape), seed))
         tower = tower.to(dtype).requires_grad_(False)
     settings = deepspeed_dict(stage, precision, clip, **zero_keys)
-    with zero.partitioned_at_birth(settings, dtype):
+    with zero.partitioned_at_birth(settings):
         model = NvlmD(
             config, with_vision=tower is None, activation_checkpointing=checkpointing, tiles_per_chunk=tiles_per_chunk
         )
