@@ -564,7 +564,9 @@ class CheckpointWeights:
         rank = self.checkpoint.shapes[a][0]
         base = self._read_frozen_slice(name, first * width, last * width).view(-1, width)
         part = self.checkpoint.read_many({(b, "master"): (first * rank, last * rank)})[b, "master"].view(-1, rank)
-        return merged(base, self.checkpoint.read_master(a), part, scale).flatten()[begin - first * width : end - first * width]
+        return merged(base, self.checkpoint.read_master(a), part, scale).flatten()[
+            begin - first * width : end - first * width
+        ]
 
     def without_adapters(self) -> WithoutAdapters:
         """The same weights with adapters and what lies beneath them apart."""
@@ -601,7 +603,7 @@ class CheckpointWeights:
 
 
 class WithoutAdapters:
-    """The weights of a checkpoint with its LoRA adapters apart: what an adapter belongs to is given as it was frozen."""
+    """The weights of a checkpoint with its LoRA adapters apart: what is beneath one is given as it was frozen."""
 
     def __init__(self, weights: CheckpointWeights) -> None:
         self._all, self._own = weights, weights.checkpoint

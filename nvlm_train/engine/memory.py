@@ -22,7 +22,7 @@ KINDS = (
 )
 
 
-# NF4 of bitsandbytes with doubly quantised scales, bits a weight: 4, an 8-bit scale for 64, an fp32 one for 256 of those
+# Bits a weight of bitsandbytes' NF4 with doubly quantised scales: 4, 8 for each 64, 32 for each 256 of those
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 
@@ -61,7 +61,9 @@ def predict_memory(
     gathered = min(inside, max(recipe.zero.max_live_parameters, largest) + recipe.zero.prefetch_bucket_size)
 
     kv = lm.num_key_value_heads * (lm.hidden_size // lm.num_attention_heads)
-    products = lm.num_hidden_layers * (2 * lm.hidden_size * (lm.hidden_size + kv) + 3 * lm.hidden_size * lm.intermediate_size)
+    products = lm.num_hidden_layers * (
+        2 * lm.hidden_size * (lm.hidden_size + kv) + 3 * lm.hidden_size * lm.intermediate_size
+    )
     quantized = products if recipe.train.quantize == "nf4" else 0
     # kept per token in a layer: two residual inputs, two norm outputs, q, attention's output; k, v; gate, up, silu,
     # product

@@ -94,7 +94,9 @@ class Draws:
             places = torch.arange(self._per_tile, device=tiles.device) * _ODD
             keys = _mix(tiles[:, None] + places).flatten()[: shape.numel()].view(shape)  # [T*Q]
         if keys.shape != shape:
-            raise RuntimeError(f"dropout got rows of shape {list(shape)}, but the batch's {kind} are {list(keys.shape)}")
+            raise RuntimeError(
+                f"dropout got rows of shape {list(shape)}, but the batch's {kind} are {list(keys.shape)}"
+            )
         return keys
 
     def kept_for(self, layer: nn.Module) -> Callable[..., Tensor]:

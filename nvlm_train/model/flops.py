@@ -101,7 +101,9 @@ def trainable_parameters(model: Model, train: Train) -> dict[str, int]:
     """Parameters that the optimizer steps, by module: all of a `full` one, the adapters of a `lora` one, else 0."""
     counts = count_parameters(model)
     return {
-        module: {"full": counts[module], "frozen": 0}.get(mode, adapter_parameters(model, module, getattr(train.lora, module)))
+        module: {"full": counts[module], "frozen": 0}.get(
+            mode, adapter_parameters(model, module, getattr(train.lora, module))
+        )
         for module, mode in train.modes.items()
     }
 

@@ -5,7 +5,7 @@ peft puts a layer around each target, and with it words into the names of the we
     language_model.model.layers.0.self_attn.q_proj.weight                     before
     language_model.model.layers.0.self_attn.q_proj.base_layer.weight          the same weight, frozen
     language_model.model.layers.0.self_attn.q_proj.lora_A.default.weight      f[rank, inputs], uniform as peft's
-    language_model.model.layers.0.self_attn.q_proj.lora_B.default.weight      f[outputs, rank], zeros: no change at first
+    language_model.model.layers.0.self_attn.q_proj.lora_B.default.weight      f[outputs, rank], zeros at first
 
 peft imports transformers, so it is imported only where a recipe asks for LoRA.
 """
@@ -79,7 +79,8 @@ def add_adapters(model: nn.Module, config: schema.Model, train: schema.Train) ->
         names = [name for name, _ in targets(model, module, options)]
         # a bare module around it, because peft reads a `config` where there is one and takes it for its own
         around = nn.Module()
-        around.inner = getattr(model, attribute_of(module))
+        inner: nn.Module = getattr(model, attribute_of(module))
+        around.inner = inner
         settings = LoraConfig(
             r=options.rank,
             lora_alpha=options.alpha,  # type: ignore[arg-type]  # any number will do
@@ -91,17 +92,20 @@ def add_adapters(model: nn.Module, config: schema.Model, train: schema.Train) ->
             drops = True
             for name in names:
                 full = f"{attribute_of(module)}.{name}"
-                layer: Any = around.inner.get_submodule(name)
+                layer: Any = inner.get_submodule(name)
                 layer.lora_dropout["default"] = Dropout(options.dropout, full, _ROWS[module], draws)
     if not drops:
         return None
     model.register_forward_pre_hook(lambda module, args: draws.look_at(args[0]) if module.training else None)
     if train.lora.vision.dropout:
         tower: Any = model.vision_model
-        tower.register_forward_pre_hook(lambda module, args: draws.next_tiles(len(args[0])) if module.training else None)
+        tower.register_forward_pre_hook(
+            lambda module, args: draws.next_tiles(len(args[0])) if module.training else None
+        )
     for part in model.modules():
-        if isinstance(getattr(part, "recompute", None), Recompute):
-            part.recompute.draws = draws
+        recompute = getattr(part, "recompute", None)
+        if isinstance(recompute, Recompute):
+            recompute.draws = draws
     return draws
 
 

@@ -1,9 +1,9 @@
 """Computing activations again in the backward pass instead of keeping them: `activation_checkpointing` of the recipe.
 
-    none       everything that backward needs is kept
-    selective  of a layer only its input and what its matrix products and attention gave are kept; norms, activations and
-               rotations, which cost memory and hardly any time, are computed again
-    full       of a layer only its input is kept
+none       everything that backward needs is kept
+selective  of a layer only its input and what its matrix products and attention gave are kept; norms, activations and
+           rotations, which cost memory and hardly any time, are computed again
+full       of a layer only its input is kept
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KEPT = (
     "_scaled_dot_product_fused_attention_overrideable", "_flash_attention_forward", "_efficient_attention_forward",
     "_cudnn_attention_forward",
 )  # fmt: skip
-_KEPT_LIBRARIES = ("torch_attn", "flash_attn", "bitsandbytes", "nvlm_train")  # operators of torch.library
+_KEPT_LIBRARIES = ("torch_attn", "flash_attn", "nvlm_train")  # attention of torch.library
 
 
 @cache
@@ -44,7 +44,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 class Recompute:
     """Runs a layer, and in backward runs it again as `mode` says; without gradients it just runs it.
 
-    Under ZeRO-3 a layer that runs again gathers its weights again: two gathers of a weight in a micro-step become three.
+    Under ZeRO-3 a layer that runs again gathers its weights again: two gathers of a weight become three.
     Nothing in a layer takes from a generator (dropout is a function of its keys), so no generator's state is kept; the
     keys of the layer's rows are, because they may be others' by the time of the backward pass.
     """

@@ -236,9 +236,7 @@ FOREIGN: tuple[Foreign, ...] = (
         "train.language_model",
         "frozen, full or lora; the same for vision and projector",
     ),
-    Foreign(
-        ("lora_r", "lora_rank"), _tools(_LF, _SWIFT, _AXO), "train.lora.language_model.rank", "by module"
-    ),
+    Foreign(("lora_r", "lora_rank"), _tools(_LF, _SWIFT, _AXO), "train.lora.language_model.rank", "by module"),
     Foreign(("lora_alpha",), _tools(_LF, _SWIFT, _AXO), "train.lora.language_model.alpha", "by module"),
     Foreign(("lora_dropout",), _tools(_LF, _SWIFT, _AXO), "train.lora.language_model.dropout", "by module"),
     Foreign(

@@ -541,7 +541,10 @@ class Lora(Section):
     rank: int = key(16, doc="Rows of A and columns of B.", gt=0)
     alpha: Number = key(32.0, doc="The adapters' output is scaled by alpha / rank.", gt=0)
     dropout: Number = key(
-        0.0, doc="Share of the adapters' inputs set to zero in training, drawn anew for each sample and step.", ge=0, lt=1
+        0.0,
+        doc="Share of the adapters' inputs set to zero in training, drawn anew for each sample and step.",
+        ge=0,
+        lt=1,
     )
     targets: list[str] | None = key(
         None,
@@ -573,8 +576,8 @@ class Train(Section):
     lora: LoraOptions = key(LoraOptions(), doc="Rank, alpha, dropout and targets of the modules set to lora.")
     quantize: Literal["none", "nf4"] = key(
         "none",
-        doc="nf4: the frozen weights of the decoder's linear layers are kept in 4 bits (QLoRA, bitsandbytes; a quarter of "
-        "the memory); embedding, head, norms, adapters and exports stay in full.",
+        doc="nf4: the frozen weights of the decoder's linear layers are kept in 4 bits (QLoRA, bitsandbytes), a quarter "
+        "of bf16; embedding, head, norms, adapters and exports stay as they are.",
     )
 
     @property
@@ -920,8 +923,8 @@ class Recipe(Section):
             problems.append(
                 (
                     "zero.stage",
-                    f"shares weights out, but train.quantize is {self.train.quantize}: 4-bit weights are whole on every "
-                    "rank; use zero.stage=2, or train.quantize=none",
+                    f"shares weights out, but train.quantize is {self.train.quantize}: 4-bit weights are whole on "
+                    "every rank; use zero.stage=2, or train.quantize=none",
                 )
             )
         if self.zero.stage == 0 and self.precision == "bf16":
@@ -948,7 +951,8 @@ class Recipe(Section):
                 problems.append(
                     (
                         f"optimizer.module_lr.{module}",
-                        f"has no effect, because train.{module} is frozen; remove it, or set train.{module}: full or lora",
+                        f"has no effect, because train.{module} is frozen; remove it, or set train.{module}: full "
+                        "or lora",
                     )
                 )
         warmup, end = self.schedule.warmup_steps, self.schedule.decay_steps

@@ -13,7 +13,7 @@ from typing import Any
 from nvlm_train.errors import RecipeError
 from nvlm_train.recipe.load import flatten, load_recipe
 from nvlm_train.recipe.resolve import Resolved, compare, recipe_to_dict, resolve, resume_of, run_length
-from nvlm_train.recipe.schema import Recipe, Section, all_keys
+from nvlm_train.recipe.schema import LORA_TARGETS, Recipe, Section, all_keys
 from nvlm_train.recipe.yaml import describe
 
 
@@ -101,7 +101,8 @@ def explain(resolved: Resolved) -> list[str]:
     lines += ["", f"parameters    {'total':>16}  {'trained':>16}  peak lr"]
     for module in total:
         lr = f"{resolved.module_lr[module]:g}" if module in resolved.module_lr else "frozen"
-        lines.append(f"  {module:<12}{total[module]:>16,}  {trained[module]:>16,}  {lr}")
+        about = "".join(f"  {words}" for words in (adapters(recipe, module), storage(recipe, module)) if words)
+        lines.append(f"  {module:<12}{total[module]:>16,}  {trained[module]:>16,}  {lr}{about}")
     lines.append(f"  {'all':<12}{sum(total.values()):>16,}  {sum(trained.values()):>16,}")
     lines += [
         "",
@@ -140,6 +141,25 @@ def explain(resolved: Resolved) -> list[str]:
     ]
     lines += [f"warning: {warning}" for warning in resolved.warnings]
     return lines
+
+
+def adapters(recipe: Recipe, module: str) -> str:
+    """A module's LoRA in words, empty where it has none: `lora rank 16, alpha 32 on qkv, proj`."""
+    if recipe.train.modes[module] != "lora":
+        return ""
+    options = getattr(recipe.train.lora, module)
+    drop = f", dropout {options.dropout:g}" if options.dropout else ""
+    names = ", ".join(options.targets or LORA_TARGETS[module])
+    return f"lora rank {options.rank}, alpha {options.alpha:g}{drop} on {names}"
+
+
+def storage(recipe: Recipe, module: str) -> str:
+    """How a module's frozen weights are kept, where that is not the run's precision."""
+    return (
+        f"linear layers in {recipe.train.quantize}"
+        if module == "language_model" and recipe.train.quantize != "none"
+        else ""
+    )
 
 
 def _step_unit(resolved: Resolved) -> str:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from nvlm_train.model.pretrained import (
     open_language_model_folder,
     open_vision_folder,
 )
+from nvlm_train.model.quantize import hold_in_nf4
 from nvlm_train.model.vision import InternVit
 from nvlm_train.recipe.resolve import Resolved, check_resume, recipe_to_dict
 from nvlm_train.recipe.schema import Recipe
@@ -258,7 +259,7 @@ def _check_continued(recipe: Recipe, earlier: checkpoint.CheckpointWeights) -> N
     wanted = lora.scales(recipe.train)
     there = {a.split(".", 1)[0]: scale for a, _, scale in earlier.adapters.values()}
     problems = [
-        f"{module}: alpha / rank is {there.get(module, 'not there')} in {path}, {wanted.get(module, 'none')} in the recipe"
+        f"{module}: alpha / rank is {there.get(module, 'none')} in {path}, {wanted.get(module, 'none')} in the recipe"
         for module in sorted({*there, *wanted})
         if there.get(module) != wanted.get(module)
     ]
@@ -289,8 +290,8 @@ def account_for_weights(recipe: Recipe, weights: Weights) -> Account:
         if recipe.train.modes[module] != "full":
             key = "run" if module == "projector" else module
             raise CheckpointError(
-                f"train.{module} is {recipe.train.modes[module]!r}, but nothing gives it weights, so it would stay random; "
-                f"name them in init_from.{key}, or train it"
+                f"train.{module} is {recipe.train.modes[module]!r}, but nothing gives it weights, so it would stay "
+                f"random; name them in init_from.{key}, or train it"
             )
     adapters = account(lora.adapter_shapes(recipe.model, recipe.train), _adapters_alone(weights), ("",))
     return Account(
@@ -330,7 +331,8 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     tower = None
     if recipe.train.vision == "frozen":
         tower = _frozen_tower(recipe, weights, dtype, world.device)
-    with zero.partitioned_at_birth(resolved.deepspeed):
+    four_bits = recipe.train.quantize == "nf4"
+    with torch.device("meta") if four_bits else zero.partitioned_at_birth(resolved.deepspeed):
         model = NvlmD(
             recipe.model,
             with_vision=tower is None,
@@ -341,15 +343,29 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
         draws = lora.add_adapters(model, recipe.model, recipe.train)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(lora.is_trained(name, recipe.train.modes[module_of(name)]))
-    if resolved.deepspeed["zero_optimization"]["stage"] != 3:
-        model.to(device=world.device, dtype=dtype)
     slice_of, write = zero.write_slice(world)
+    if four_bits:
+        write = _first(hold_in_nf4(model, world.device, dtype), write)
+    elif resolved.deepspeed["zero_optimization"]["stage"] != 3:
+        model.to(device=world.device, dtype=dtype)
     skipped = {name for name, p in model.named_parameters() if p.requires_grad} if skip_trained else set()
     fill(model, weights, recipe.model, recipe.seed, slice_of, write, skip=skipped)
     groups = parameter_groups(model.named_parameters(), recipe.optimizer, resolved.module_lr)
     optimizer = build_optimizer(groups, recipe.optimizer, world.device.type)
     cache = open_cache(recipe, tower, dtype)
     return Built(zero.build(model, optimizer, resolved.deepspeed, world), tower, dtype, groups, cache, draws)
+
+
+def _first(
+    quantize: Callable[[torch.nn.Parameter, Tensor], bool], write: Callable[[torch.nn.Parameter, Tensor], None]
+) -> Callable[[torch.nn.Parameter, Tensor], None]:
+    """Writes through `quantize` what it takes, all else through `write`."""
+
+    def both(parameter: torch.nn.Parameter, value: Tensor) -> None:
+        if not quantize(parameter, value):
+            write(parameter, value)
+
+    return both
 
 
 def _frozen_tower(recipe: Recipe, weights: Weights, dtype: torch.dtype, device: torch.device) -> InternVit:
