@@ -423,7 +423,7 @@ def initial_value(name: str, shape: Sequence[int], seed: int, config: schema.Mod
     """The value a new parameter starts from: a function of seed and name alone, whatever rank or order asks.
 
     Norm weights 1, biases 0, LayerScale 0.1, LoRA's as peft does, the projector's weights normal with the recipe's
-    initializer_std, all others normal with 0.02 (transformers' and InternViT's default). Returns fp32[shape] on the CPU.
+    initializer_std, all others with 0.02 (transformers' and InternViT's default). Returns fp32[shape] on the CPU.
     """
     owner, _, leaf = name.rpartition(".")
     if leaf == "bias":

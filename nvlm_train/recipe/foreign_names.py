@@ -123,25 +123,25 @@ FOREIGN: tuple[Foreign, ...] = (
         ("freeze_vision_tower", "freeze_vit", "freeze_backbone", "unfreeze_vit_layers", "freeze_mm_modules"),
         _tools(_LF, _SWIFT, _IVL, _MEG, _AXO),
         "train.vision",
-        "frozen or full",
+        "frozen, full or lora",
     ),
     Foreign(
         ("freeze_multi_modal_projector", "freeze_aligner", "freeze_mlp", "freeze_vision_projection"),
         _tools(_LF, _SWIFT, _IVL, _MEG),
         "train.projector",
-        "frozen or full",
+        "frozen, full or lora",
     ),
     Foreign(
         ("freeze_language_model", "freeze_llm", "freeze_lm"),
         _tools(_LF, _SWIFT, _IVL, _MEG),
         "train.language_model",
-        "frozen or full",
+        "frozen, full or lora",
     ),
     Foreign(
         ("finetuning_type", "train_type", "tuner_type", "adapter", "mm_tunable_parts"),
         _tools(_LF, _SWIFT, _AXO, "LLaVA"),
         "train",
-        "frozen or full for each module",
+        "frozen, full or lora for each module",
     ),
     Foreign(
         ("model_name_or_path", "base_model", "load", "pretrained_checkpoint"),
@@ -231,7 +231,7 @@ FOREIGN: tuple[Foreign, ...] = (
         "none, selective or full",
     ),
     Foreign(
-        ("use_lora", "use_llm_lora", "use_backbone_lora", "adapter", "tuner_type", "finetuning_type", "peft_type"),
+        ("use_lora", "use_llm_lora", "use_backbone_lora", "peft_type"),
         _tools(_LF, _SWIFT, _AXO, _IVL),
         "train.language_model",
         "frozen, full or lora; the same for vision and projector",

@@ -576,8 +576,8 @@ class Train(Section):
     lora: LoraOptions = key(LoraOptions(), doc="Rank, alpha, dropout and targets of the modules set to lora.")
     quantize: Literal["none", "nf4"] = key(
         "none",
-        doc="nf4: the frozen weights of the decoder's linear layers are kept in 4 bits (QLoRA, bitsandbytes), a quarter "
-        "of bf16; embedding, head, norms, adapters and exports stay as they are.",
+        doc="nf4: the frozen weights of the decoder's linear layers are kept in 4 bits (QLoRA, bitsandbytes), a "
+        "quarter of bf16; embedding, head, norms, adapters and exports stay as they are.",
     )
 
     @property

@@ -126,6 +126,7 @@ def test_twenty_steps_equal_plain_pytorch(stage: int, world_size: int) -> None:
         ("frozen", "frozen", False, "none"),
         ("frozen", "frozen", False, "full"),
         ("full", "full", True, "full"),
+        ("full", "full", True, "selective"),
     ],
 )
 def test_every_training_mode_equals_plain_pytorch(

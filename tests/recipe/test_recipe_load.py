@@ -273,7 +273,7 @@ MODEL = [
     (
         "optimizer.module_lr.vision=1",
         "optimizer.module_lr.vision: 1 has no effect, because train.vision is frozen; remove it, "
-        "or set train.vision: full",
+        "or set train.vision: full or lora",
     ),
     (
         "model.vision=internvit_6b",
