@@ -192,8 +192,7 @@ ADDED = [
         "train: {vision: frozen, projector: frozen, language_model: frozen}",
         [
             "r.yaml:24 train: freezes every module, so nothing would be trained; set one of vision, projector, "
-            "language_model to "
-            "full"
+            "language_model to full or lora"
         ],
     ),
     (
