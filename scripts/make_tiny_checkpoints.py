@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Writes tiny random InternViT and Qwen2 folders in the published formats, to try the loaders without a download.
+"""Writes tiny random InternViT, Qwen2 and Llama folders in the published formats, to try the loaders offline.
 
     scripts/make_tiny_checkpoints.py OUT [--seed N]
 
-makes OUT/internvit (one file), OUT/qwen2 (three shards with an index) and OUT/qwen2_tied (one file, no head). The two
-writers are importable: `scripts/make_demo_backbones` and the tests write trained or chosen weights with them.
+makes OUT/internvit and OUT/internvit_layer_norm (one file each; the second of the 300M tower's kind), OUT/qwen2 (three
+shards with an index), OUT/qwen2_tied (one file, no head) and OUT/llama (two shards). The two writers are importable:
+`scripts/make_demo_backbones` and the tests write trained or chosen weights with them.
 Norms and LayerScale are random too, so that a loader that forgets one does not go unnoticed.
 """
 
@@ -89,11 +90,13 @@ def write_internvit_folder(
         "num_channels": 3,
         "num_hidden_layers": vision.num_hidden_layers,
         "patch_size": vision.patch_size,
-        "qk_normalization": True,
-        "qkv_bias": False,
+        "qk_normalization": vision.qk_normalization,
+        "qkv_bias": vision.qkv_bias,
         "torch_dtype": _dtype_name(chosen),
         "use_flash_attn": True,
     }
+    if vision.norm_type != "rms_norm":  # the published 6B tower does not name its own
+        config["norm_type"] = vision.norm_type
     return _write(Path(path), config, chosen, 1)
 
 
@@ -105,16 +108,18 @@ def write_qwen2_folder(
     seed: int = 0,
     num_shards: int = 1,
 ) -> Path:
-    """A Qwen2 folder: config.json and model.safetensors, or num_shards files with an index. A tied head is left out.
+    """A Qwen2 folder, or Llama's as model_type says: config.json and model.safetensors, or num_shards files with an
+    index. A tied head is left out.
 
     state: tensors by published name, or by ours (`language_model.*`; other names are left out); None: random from seed.
     """
     with torch.device("meta"):
         model = LanguageModel(lm)
     chosen = _published(state, "language_model.", {n: tuple(p.shape) for n, p in model.named_parameters()}, seed)
+    qwen2 = lm.model_type == "qwen2"
     config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM" if qwen2 else "LlamaForCausalLM"],
+        "model_type": lm.model_type,
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": None,
@@ -131,9 +136,9 @@ def write_qwen2_folder(
         "tie_word_embeddings": lm.tie_word_embeddings,
         "torch_dtype": _dtype_name(chosen),
         "use_cache": True,
-        "use_sliding_window": False,
         "vocab_size": lm.vocab_size,
     }
+    config |= {"use_sliding_window": False} if qwen2 else {"attention_bias": False, "pretraining_tp": 1}
     return _write(Path(path), config, chosen, num_shards)
 
 
@@ -181,10 +186,16 @@ def main() -> int:
     vision = schema.Vision.model_validate(TINY_VISION)
     untied = schema.LanguageModel.model_validate(TINY_LANGUAGE_MODEL)
     tied = schema.LanguageModel.model_validate({**TINY_LANGUAGE_MODEL, "tie_word_embeddings": True})
+    llama = schema.LanguageModel.model_validate({**TINY_LANGUAGE_MODEL, "model_type": "llama", "rms_norm_eps": 1e-5})
+    small = {"norm_type": "layer_norm", "qk_normalization": False, "qkv_bias": True}
     for folder in (
         write_internvit_folder(args.out / "internvit", vision, seed=args.seed),
+        write_internvit_folder(
+            args.out / "internvit_layer_norm", schema.Vision.model_validate({**TINY_VISION, **small}), seed=args.seed
+        ),
         write_qwen2_folder(args.out / "qwen2", untied, seed=args.seed, num_shards=3),
         write_qwen2_folder(args.out / "qwen2_tied", tied, seed=args.seed),
+        write_qwen2_folder(args.out / "llama", llama, seed=args.seed, num_shards=2),
     ):
         print(folder)
     return 0

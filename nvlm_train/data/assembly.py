@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.batch import IGNORE_INDEX, Batch, SampleRef
+from nvlm_train.batch import IGNORE_INDEX, Batch, Memory, SampleRef
+from nvlm_train.data.chat import Rendered
 from nvlm_train.data.images import BadSample
+from nvlm_train.data.memory import lay_out_memory
 from nvlm_train.data.packing import Pack
 from nvlm_train.data.plan import DataPlan, LoadedSample
 from nvlm_train.data.slow import SlowReads
@@ -213,9 +215,12 @@ def as_batch(arrays: Arrays) -> Batch:
     """The Batch of these arrays; nothing is copied."""
     import torch
 
-    given: dict[str, Any] = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in arrays.items()
-    }
+    def tensors(of: Arrays) -> Arrays:
+        return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in of.items()}
+
+    given = tensors(arrays)
+    if given["memory"] is not None:
+        given["memory"] = Memory(**tensors(given["memory"]))
     return Batch(**given)
 
 
@@ -246,6 +251,7 @@ def _lay_side_by_side(
     position_ids = np.zeros(shape, dtype=np.int64)  # [B, S]
     image_slots = np.full(shape, -1, dtype=np.int64)  # [B, S]
     bounds = [0]
+    samples: list[tuple[int, Rendered]] = []
     tile = 0
     for b, row in enumerate(rows):
         at = 0
@@ -254,7 +260,10 @@ def _lay_side_by_side(
             input_ids[b, at:end] = one.rendered.input_ids
             labels[b, at:end] = one.rendered.labels
             position_ids[b, at:end] = np.arange(end - at)
+            samples.append((b * width + at, one.rendered))
             for k, start in enumerate(one.rendered.tile_starts):
+                if start < 0:  # not in the sequence
+                    continue
                 slot = (tile + k) * per_tile
                 image_slots[b, at + start : at + start + per_tile] = np.arange(slot, slot + per_tile)
             tile += len(one.rendered.tile_starts)
@@ -275,6 +284,9 @@ def _lay_side_by_side(
         "num_tile_chunks": num_tile_chunks,
         "samples": tuple(one.ref for row in rows for one in row),
         "tile_hashes": tile_hashes,
+        "memory": None
+        if plan.recipe.model.architecture == "nvlm_d"
+        else lay_out_memory(plan.recipe.model, samples, per_tile, plan.tokenizer.pad),
     }
 
 

@@ -102,4 +102,4 @@ def shorten(rendered: chat.Rendered, max_tokens: int) -> chat.Rendered:
         return rendered
     labels = rendered.labels[:max_tokens].copy()  # [max_tokens]
     labels[-1] = IGNORE_INDEX
-    return chat.Rendered(rendered.input_ids[:max_tokens], labels, rendered.tile_starts)
+    return chat.Rendered(rendered.input_ids[:max_tokens], labels, rendered.tile_starts, rendered.reads)

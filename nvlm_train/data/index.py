@@ -84,11 +84,13 @@ class IndexSettings:
     max_tokens: int
     overlong: str
     images: ImageOptions = REFERENCE
+    architecture: str = "nvlm_d"
 
     @classmethod
     def of(cls, recipe: schema.Recipe, tokenizer: ChatTokenizer) -> IndexSettings:
         """The settings a recipe implies; Q = (image_size / patch_size / 2)^2 image tokens a tile."""
         tower = recipe.model.vision
+        chat.check_tokenizer(tokenizer, recipe.tokenizer.template, recipe.tokenizer.path)
         return cls(
             tokenizer=tokenizer,
             template=recipe.tokenizer.template,
@@ -99,6 +101,7 @@ class IndexSettings:
             max_tokens=recipe.data.max_tokens_per_sample,
             overlong=recipe.data.overlong,
             images=ImageOptions(recipe.data.exif, recipe.data.alpha, recipe.data.sixteen_bit),
+            architecture=recipe.model.architecture,
         )
 
     def lay_out(self, sample: Sample, tiles_per_image: Sequence[int]) -> list[chat.Run]:
@@ -111,6 +114,7 @@ class IndexSettings:
             self.tiling,
             self.image_tokens_per_tile,
             self.system,
+            architecture=self.architecture,
         )
 
     def key_parts(self) -> dict[str, Any]:
@@ -125,6 +129,8 @@ class IndexSettings:
             "max_tokens": self.max_tokens,
             "overlong": self.overlong,
             "images": self.images._asdict(),
+            # left out in nvlm_d: indexes and runs from before there was another keep their key
+            **({} if self.architecture == "nvlm_d" else {"architecture": self.architecture}),
         }
 
 

@@ -21,6 +21,7 @@ from nvlm_train.batch import IGNORE_INDEX, SampleRef
 from nvlm_train.data import chat, tiling
 from nvlm_train.data.images import BadSample, open_image
 from nvlm_train.data.lint import printable
+from nvlm_train.data.memory import Run, runs_of
 from nvlm_train.data.packing import Pack
 from nvlm_train.data.plan import DataPlan, LoadedSample, open_data
 from nvlm_train.data.sources import Sample
@@ -61,7 +62,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class View:
-    """A sample for showing. `problem` stands alone: the sample could not be loaded."""
+    """A sample for showing. `problem` stands alone: the sample could not be loaded.
+
+    reads: which tokens read which tiles by cross-attention; none in nvlm_d.
+    """
 
     ref: SampleRef
     where: str
@@ -69,6 +73,7 @@ class View:
     pictures: list[Picture]
     spans: list[Span]
     problem: str | None = None
+    reads: tuple[Run, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -169,8 +174,10 @@ def view(plan: DataPlan, ref: SampleRef) -> View:
         grid = tiling.choose_grid(image.width, image.height, limit, settings.tile_size)
         if grid[0] * grid[1] not in (len(tiles), len(tiles) - 1):
             grid = (len(tiles), 1)
-        pictures.append(Picture(named.name, image, grid, tiles, chat.tile_tags(len(tiles), settings.tiling)))
-    return View(ref, place, sample.messages, pictures, spans_of(plan, loaded))
+        tags = chat.tile_tags(len(tiles), settings.tiling, settings.template)
+        pictures.append(Picture(named.name, image, grid, tiles, tags))
+    reads = tuple(runs_of(loaded.rendered, settings.image_tokens_per_tile, plan.recipe.model))
+    return View(ref, place, sample.messages, pictures, spans_of(plan, loaded), reads=reads)
 
 
 def spans_of(plan: DataPlan, loaded: LoadedSample) -> list[Span]:
@@ -183,7 +190,7 @@ def spans_of(plan: DataPlan, loaded: LoadedSample) -> list[Span]:
     ids = rendered.input_ids.tolist()
     trained = [False, *(label != IGNORE_INDEX for label in rendered.labels.tolist()[:-1])]
     control = {tokenizer.im_start, tokenizer.im_end, tokenizer.pad}
-    starts = {start: number for number, start in enumerate(rendered.tile_starts)}
+    starts = {start: number for number, start in enumerate(rendered.tile_starts) if start >= 0}
     per_tile = plan.settings.image_tokens_per_tile
     spans: list[Span] = []
     at = 0
@@ -266,6 +273,10 @@ def view_lines(one: View, colour: bool) -> list[str]:
         size = f"{picture.image.width} x {picture.image.height} pixels"
         cut = f"{columns} x {rows} tile{'s' * (columns * rows > 1)}{thumbnail}"
         lines.append(f"  image {number:<4} {printable(picture.name)}, {size}: {cut}")
+    for number, run in enumerate(one.reads):
+        tokens = f"{run.begin}" if run.end == run.begin + 1 else f"{run.begin} to {run.end - 1}"
+        tiles = f"tile {run.first + 1}" if run.last == run.first + 1 else f"tiles {run.first + 1} to {run.last}"
+        lines.append(f"  {'reads' if number == 0 else '':<10} tokens {tokens}: {tiles}")
     lines.append(
         "  stream     position of the first token, then the tokens; trained ones " + ("green" if colour else "in « »")
     )
@@ -327,6 +338,9 @@ def _values(one: View) -> dict[str, Any]:
                 "tags": picture.tags,
             }
             for picture in one.pictures
+        ],
+        "reads": [
+            {"tokens": list(range(run.begin, run.end)), "tiles": list(range(run.first, run.last))} for run in one.reads
         ],
         "stream": [
             {

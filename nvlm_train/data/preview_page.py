@@ -194,7 +194,10 @@ def _box(plan: DataPlan, ref: SampleRef, colours: dict[str, str], anchor: str | 
     source, number, epoch = ref
     row = plan.indexes[source].rows[number]
     tokens, trained, tiles = int(row["tokens"]), int(row["trained"]), int(row["tiles"])
-    image = 100 * tiles * plan.settings.image_tokens_per_tile / tokens
+    in_sequence = (
+        tiles if plan.settings.architecture == "nvlm_d" else 0
+    )  # of nvlm_h's, an index row does not say how many are thumbnails
+    image = 100 * in_sequence * plan.settings.image_tokens_per_tile / tokens
     colour = colours[source]
     tip = _text(f"{source} row {number}, epoch {epoch}: {tokens:,} tokens, {trained:,} trained, {tiles} tiles")
     style = f"flex:{tokens};background:linear-gradient(90deg,{colour} {image:.1f}%,{colour}99 {image:.1f}%)"

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: text to ids, and the four control tokens the chat format needs.
+"""The tokenizer of a run: text to ids, and the control tokens the chat format needs.
 
 Text of a data set is never trusted with control tokens: `encode` treats `<|im_end|>` inside a text as the ten ordinary
 characters it is, so that a sample cannot close its own turn. Control tokens enter a stream only by id, from `chat`.
@@ -15,6 +15,9 @@ from typing import Any
 from nvlm_train.errors import DataError
 
 IM_START, IM_END, PAD, IMAGE_TOKEN = "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_pad|>"
+UNKNOWN = "<unk>"  # holds an image token's place in Yi's tokenizer, which has no <|vision_pad|>; no text encodes to it
+BOS = "<|startoftext|>"  # Yi's
+_CONTROL = (IM_START, IM_END, PAD, IMAGE_TOKEN, UNKNOWN, BOS)
 
 # How Qwen2's tokenizer splits text before the byte-level BPE: contractions, words with one leading sign, single digits,
 # punctuation with the newlines after it, newlines with the blanks before them, blanks. Read from its published
@@ -25,19 +28,21 @@ _QWEN2_SPLIT = (
 
 
 class ChatTokenizer:
-    """A byte-level BPE with the control tokens of the chat format.
+    """A BPE with the control tokens of the chat format.
 
     im_start, im_end: ids around every turn. pad: id of padding. image_token: id that holds an image token's place.
+    bos: id of Yi's first token, None in tokenizers without it.
     vocab_size: one more than the largest id.
     fingerprint: hash of the files it was read from; part of the index's key.
     """
 
     def __init__(self, tokenizer: Any, fingerprint: str, where: str) -> None:
-        missing = [token for token in (IM_START, IM_END, PAD, IMAGE_TOKEN) if tokenizer.token_to_id(token) is None]
+        image_token = next((t for t in (IMAGE_TOKEN, UNKNOWN) if tokenizer.token_to_id(t) is not None), IMAGE_TOKEN)
+        missing = [token for token in (IM_START, IM_END, PAD, image_token) if tokenizer.token_to_id(token) is None]
         if missing:
             raise DataError(
                 f"{where}: the tokenizer lacks {', '.join(missing)}; the chat format needs {IM_START}, {IM_END}, {PAD} "
-                f"and {IMAGE_TOKEN} (all Qwen2 tokenizers have them)."
+                f"and {IMAGE_TOKEN} (all Qwen2 tokenizers have them; {UNKNOWN} does for the last, as in Yi's)."
             )
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -46,7 +51,8 @@ class ChatTokenizer:
         self.im_start: int = tokenizer.token_to_id(IM_START)
         self.im_end: int = tokenizer.token_to_id(IM_END)
         self.pad: int = tokenizer.token_to_id(PAD)
-        self.image_token: int = tokenizer.token_to_id(IMAGE_TOKEN)
+        self.image_token: int = tokenizer.token_to_id(image_token)
+        self.bos: int | None = tokenizer.token_to_id(BOS)
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.fingerprint = fingerprint
 
@@ -105,7 +111,7 @@ def _from_json(file: Path) -> Any:
 
     spec = json.loads(file.read_text(encoding="utf-8"))
     for added in spec.get("added_tokens") or []:
-        if added.get("content") in (IM_START, IM_END, PAD, IMAGE_TOKEN):
+        if added.get("content") in _CONTROL:
             added["special"] = True  # only special tokens are left alone by encode_special_tokens
     return Tokenizer.from_str(json.dumps(spec))
 
@@ -125,7 +131,7 @@ def _from_vocab_and_merges(vocab: Path, merges: Path, config: Path) -> Any:
     listed = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
     for wanted, entry in sorted(listed.items(), key=lambda item: int(item[0])):
         content = entry["content"]
-        special = bool(entry.get("special")) or content in (IM_START, IM_END, PAD, IMAGE_TOKEN)
+        special = bool(entry.get("special")) or content in _CONTROL
         token = AddedToken(
             content,
             special=special,

@@ -42,7 +42,7 @@ def predict_memory(
     """
     stage, ranks = recipe.zero.stage, world_size
     number = 2 if recipe.precision == "bf16" else 4
-    modes = recipe.train.modes
+    modes = {module: recipe.train.modes[module] for module in parameters}  # the model's modules
     trained = {module: mode != "frozen" for module, mode in modes.items()}
     outside = 0 if trained["vision"] else parameters["vision"]
     adapters = sum(count for module, count in trainable_by_module.items() if modes[module] == "lora")
@@ -79,11 +79,27 @@ def predict_memory(
     kept = per_layer * lm.num_hidden_layers if backward else 0
     # as many tiles as image tokens fit into the packs; an image-free micro batch needs none of it
     tiles = -(-tokens // tile_tokens)
+    crossing = 0
+    if recipe.model.architecture != "nvlm_d":  # as many as pack_tiles allows; they are not among the tokens
+        tiles = recipe.micro_batch_size * (recipe.data.pack_tiles or 0)
+        heads, groups = recipe.model.cross_attention_heads
+        rows = tiles * tile_tokens
+        # a layer keeps per token: input, norm, q, attention's output, sum; per row of the memory: norm, k and v, and k
+        # and v once more for the tags or the text that read it
+        crossing = number * (
+            tokens * 6 * lm.hidden_size + rows * (lm.hidden_size + 6 * groups * (lm.hidden_size // heads))
+        )
+        if recipe.model.cross_attention.feed_forward:
+            crossing += number * tokens * (2 * lm.hidden_size + 4 * lm.intermediate_size)
+        # with `selective` about two thirds of it are outputs of products and of attention
+        share_kept = {"none": 3, "selective": 2, "full": 0}[recompute]
+        kept += crossing * len(recipe.model.cross_attention_layers) * share_kept // 3 if backward else 0
     chunk = min(tiles, recipe.vision_tiles_per_chunk)
     width, feed = vision.hidden_size, vision.intermediate_size
     tower_row = {"none": 8 * width + 2 * feed, "selective": 6 * width + 2 * feed, "full": width}[recompute]
     tower_layer = (patches + 1) * number * (8 * width + 2 * feed)
-    projector = tiles * tile_tokens * number * (8 * width + 2 * lm.intermediate_size + lm.hidden_size)
+    inner = 0 if recipe.model.architecture == "nvlm_x" else 2 * lm.intermediate_size
+    projector = tiles * tile_tokens * number * (8 * width + inner + lm.hidden_size)
     tower = chunk * tower_layer
     if trained["vision"]:
         tower = tiles * (patches + 1) * number * tower_row * vision.num_hidden_layers + (
@@ -99,7 +115,7 @@ def predict_memory(
         "buckets": min(trainable, recipe.zero.reduce_bucket_size)
         * (4 if recipe.zero.communication_data_type == "fp32" else 2),
         "activations": kept + projector,
-        "recomputed_layer": layer if recompute != "none" or not backward else 0,
+        "recomputed_layer": layer + crossing if recompute != "none" or not backward else 0,
         "loss": tokens * lm.vocab_size * (number + 4 + 4 + (number if number == 2 else 0)),
         "vision_activations": tower,
     }

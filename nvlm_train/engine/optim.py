@@ -11,7 +11,12 @@ from torch import nn
 from nvlm_train.recipe.schema import Optimizer
 
 # our parameter names start with the attribute of the model; the recipe names the module
-MODULE_OF_PREFIX = {"vision_model": "vision", "projector": "projector", "language_model": "language_model"}
+MODULE_OF_PREFIX = {
+    "vision_model": "vision",
+    "projector": "projector",
+    "cross_attention": "cross_attention",
+    "language_model": "language_model",
+}
 
 
 def module_of(name: str) -> str:

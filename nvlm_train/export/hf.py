@@ -37,7 +37,11 @@ TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 CONTROL_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>", "pad": "<|endoftext|>", "image": "<|vision_pad|>"}
-TEMPLATE_SYSTEM = {"nvlm_qwen2": None, "hf_nvlm": "Answer the questions."}  # where the recipe names none
+TEMPLATE_SYSTEM = {
+    "nvlm_qwen2": None,
+    "hf_nvlm": "Answer the questions.",
+    "nvlm_yi": None,
+}  # where the recipe names none
 IMAGE_MEAN = [0.485, 0.456, 0.406]  # ImageNet
 IMAGE_STD = [0.229, 0.224, 0.225]
 DTYPES = {"bf16": ("bfloat16", "BF16", 2), "fp32": ("float32", "F32", 4)}  # torch's name, safetensors' name, bytes
@@ -68,6 +72,7 @@ def export(
     """
     out = Path(out)
     model = key_map.model_from_recipe(recipe)
+    _check_layout(model, recipe["tokenizer"]["template"])
     dtype = dtype or recipe.get("precision") or "bf16"
     if dtype not in DTYPES:
         raise CheckpointError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -105,6 +110,26 @@ def export(
             raise SetupError(f"no space left while writing {out}; nothing of it was kept") from None
         raise
     return out
+
+
+def _check_layout(model: Model, template: str) -> None:
+    """CheckpointError for models and templates that the exported code does not know yet."""
+    vision = model.vision
+    wanted = [
+        ("model.architecture", model.architecture, "nvlm_d"),
+        ("model.projector.norm", model.projector.norm, "layer_norm"),
+        ("model.language_model.model_type", model.language_model.model_type, "qwen2"),
+        ("model.vision.norm_type", vision.norm_type, "rms_norm"),
+        ("model.vision.qk_normalization", vision.qk_normalization, True),
+        ("model.vision.qkv_bias", vision.qkv_bias, False),
+    ]
+    problems = [
+        f"{key} {value!r}: only {known!r} can be exported yet" for key, value, known in wanted if value != known
+    ]
+    if template == "nvlm_yi":
+        problems.append(f"tokenizer.template {template!r}: cannot be exported yet")
+    if problems:
+        raise CheckpointError("\n".join(problems))
 
 
 def parse_size(size: str | int) -> int:

@@ -56,6 +56,14 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         ),
         TORCH: Kernel("nvlm_train.kernels.attention:torch_attention", "plain PyTorch", _no_obstacle),
     },
+    "cross_attention": {
+        "varlen": Kernel(
+            "nvlm_train.kernels.attention:varlen_cross_attention",
+            "torch's variable-length flash attention (fp32 activations take torch)",
+            _varlen_obstacle,
+        ),
+        TORCH: Kernel("nvlm_train.kernels.attention:torch_cross_attention", "plain PyTorch", _no_obstacle),
+    },
 }
 
 

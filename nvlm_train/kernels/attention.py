@@ -2,7 +2,9 @@
 
     out[i] = sum_j softmax_j(q_i . k_j / sqrt(H)) v_j      j over the segment of i (causal: j <= i)
 
-Two implementations with one signature: `torch_attention` anywhere, `varlen_attention` on CUDA. Query head n reads
+and cross-attention of runs of tokens to ranges of a memory (`torch_cross_attention`).
+
+Two implementations with one signature: `torch_*` anywhere, `varlen_*` on CUDA. Query head n reads
 key/value head n // (N // K). Nothing of another segment enters a result or a gradient, not even with weight 0.
 """
 
@@ -139,19 +141,18 @@ def _varlen_options() -> tuple[Any, frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool = True
-) -> Tensor:
-    """Packed attention with `torch.nn.attention.varlen.varlen_attn` (flash attention: bf16 and fp16, head sizes that
-    are multiples of 8 up to 256, compute capability 8.0 and newer).
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool
+) -> Tensor | None:
+    """torch's variable-length attention, called after the signature found: releases differ (`is_causal` or
+    `window_size`, with and without `enable_gqa`). None where it cannot do this.
 
-    Same arguments and result as `torch_attention`, which it hands other types to. The call is made after the
-    signature found: releases differ (`is_causal` or `window_size`, with and without `enable_gqa`).
+    q: [tokens, N, H]; k, v: [tokens, K, H]; cu_q, cu_k: i32[G+1] -> [tokens, N, H].
     """
     head_size = q.shape[-1]
     fits = q.dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256
     if not fits or not _has_flash(q.device):
-        return torch_attention(q, k, v, cu_seqlens, max_seqlen, causal)
+        return None
     varlen_attn, parameters = _varlen_options()
     options: dict[str, Any] = {}
     if "is_causal" in parameters:
@@ -159,12 +160,55 @@ def varlen_attention(
     elif "window_size" in parameters:
         options["window_size"] = (-1, 0) if causal else (-1, -1)
     else:  # cannot be told to be causal: better slow than wrong
-        return torch_attention(q, k, v, cu_seqlens, max_seqlen, causal)
-    repeats = q.shape[2] // k.shape[2]
+        return None
+    repeats = q.shape[1] // k.shape[1]
     if repeats > 1 and "enable_gqa" in parameters:
         options["enable_gqa"] = True
     elif repeats > 1:
-        k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)  # [B, S, N, H]
-    flat = [x.flatten(0, 1) for x in (q, k, v)]  # [B*S, heads, H]
-    out = varlen_attn(*flat, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)  # [B*S, N, H]
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # [tokens, N, H]
+    out: Tensor = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)  # [tokens, N, H]
+    return out
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool = True
+) -> Tensor:
+    """Packed attention with `torch.nn.attention.varlen.varlen_attn` (flash attention: bf16 and fp16, head sizes that
+    are multiples of 8 up to 256, compute capability 8.0 and newer).
+
+    Same arguments and result as `torch_attention`, which it hands other types to.
+    """
+    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))  # [B*S, heads, H]
+    out = _flash(flat_q, flat_k, flat_v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal)  # [B*S, N, H]
+    if out is None:
+        return torch_attention(q, k, v, cu_seqlens, max_seqlen, causal)
     return out.unflatten(0, q.shape[:2])  # [B, S, N, H]
+
+
+def torch_cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_rows: Tensor, max_queries: int, max_rows: int
+) -> Tensor:
+    """Run g's queries over run g's rows, all of them, with torch's scaled_dot_product_attention, run by run.
+
+    q: [U, N, H]; k, v: [W, K, H]; cu_queries, cu_rows: i32[C+1]; see `nvlm_train.batch.Memory`. A run has at least one
+    query and one row. Without runs the result is empty, and the gradients of k and v are zero, not missing.
+    Returns [U, N, H] in q's type.
+    """
+    if not max_queries:
+        return q + (k.sum() + v.sum())  # [0, N, H]
+    queries, rows = (cu.diff().tolist() for cu in (cu_queries, cu_rows))
+    out = [
+        _dense(one_q.unsqueeze(0), one_k.unsqueeze(0), one_v.unsqueeze(0), causal=False).squeeze(0)  # [run, N, H]
+        for one_q, one_k, one_v in zip(q.split(queries), k.split(rows), v.split(rows), strict=True)
+    ]
+    return torch.cat(out)  # [U, N, H]
+
+
+def varlen_cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_rows: Tensor, max_queries: int, max_rows: int
+) -> Tensor:
+    """`torch_cross_attention` in one call of torch's variable-length attention; other types are handed to it."""
+    out = _flash(q, k, v, cu_queries, cu_rows, max_queries, max_rows, causal=False) if max_queries else None
+    if out is None:
+        return torch_cross_attention(q, k, v, cu_queries, cu_rows, max_queries, max_rows)
+    return out

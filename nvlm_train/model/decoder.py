@@ -1,10 +1,13 @@
-"""The Qwen2 decoder: grouped-query attention with q/k/v biases, rotary positions, SwiGLU, RMSNorm, packed samples.
+"""The decoder: grouped-query attention, rotary positions, SwiGLU, RMSNorm, packed samples.
 
-Parameter names are those of transformers' Qwen2ForCausalLM. Every module uses only its own weights, inside its own
-forward: that is what lets ZeRO-3 gather and release them.
+Qwen2 has biases on q, k and v; Llama, and Yi with it, has none: that is all they differ in. Parameter names are those
+of transformers' Qwen2ForCausalLM and LlamaForCausalLM. Every module uses only its own weights, inside its own forward:
+that is what lets ZeRO-3 gather and release them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,9 @@ from nvlm_train.recipe import schema
 MAX_LOGITS = 2**27
 
 
+Reader = Callable[[Tensor], Tensor]  # hidden states [B, S, D] with what cross-attention read: [B, S, D]
+
+
 class Attention(nn.Module):
     """Causal attention inside segments."""
 
@@ -28,9 +34,10 @@ class Attention(nn.Module):
         width = config.hidden_size
         self.head_size = width // config.num_attention_heads
         self.kernels = kernels
-        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_size)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_size)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_size)
+        bias = config.model_type == "qwen2"
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_size, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_size, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_size, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_size, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -58,7 +65,10 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """`x + self_attn(input_layernorm(x))`, then `x + mlp(post_attention_layernorm(x))`."""
+    """`x + self_attn(input_layernorm(x))`, then `x + mlp(post_attention_layernorm(x))`.
+
+    reader: cross-attention at this layer, before both, between them or after both, as `place` says.
+    """
 
     def __init__(self, config: schema.LanguageModel, kernels: str) -> None:
         super().__init__()
@@ -67,10 +77,26 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        reader: Reader | None = None,
+        place: str = "between",
+    ) -> Tensor:
         """x: [B, S, D] -> [B, S, D]."""
+        if reader is not None and place == "before":
+            x = reader(x)  # [B, S, D]
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if reader is not None and place == "between":
+            x = reader(x)  # [B, S, D]
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        if reader is not None and place == "after":
+            x = reader(x)  # [B, S, D]
+        return x
 
 
 class Decoder(nn.Module):
@@ -84,12 +110,24 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, kernels) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """x: [B, S, D] embedded tokens; position_ids: i64[B, S]; cu_seqlens: i32[G+1] -> [B, S, D], normalised."""
+    def forward(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        readers: Mapping[int, Reader] | None = None,
+        place: str = "between",
+    ) -> Tensor:
+        """x: [B, S, D] embedded tokens; position_ids: i64[B, S]; cu_seqlens: i32[G+1] -> [B, S, D], normalised.
+
+        readers: cross-attention by number of layer, at `place` of it (see `Layer`).
+        """
+        readers = readers or {}
         head_size = self.config.hidden_size // self.config.num_attention_heads
         cos, sin = rotary_tables(position_ids, head_size, self.config.rope_theta, x.dtype)  # [B, S, 1, H]
-        for layer in self.layers:
-            x = self.recompute(layer, x, cos, sin, cu_seqlens, max_seqlen)
+        for number, layer in enumerate(self.layers):
+            x = self.recompute(layer, x, cos, sin, cu_seqlens, max_seqlen, readers.get(number), place)
         return self.norm(x)
 
 

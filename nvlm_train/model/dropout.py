@@ -17,9 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nvlm_train.batch import Batch
+from nvlm_train.batch import Batch, Memory
 
-Rows = Literal["tokens", "image_tokens", "patches"]  # what the rows of a dropout's input are
+# What the rows of a dropout's input are: tokens, those of them that cross-attention reads for, rows of its memory,
+# image tokens, patches of a tile
+Rows = Literal["tokens", "readers", "memory", "image_tokens", "patches"]
 
 # Odd numbers with well mixed bits (the finalisers of splitmix64 and murmur3), as signed integers.
 _M64 = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -69,7 +71,29 @@ class Draws:
         sums = [(tile * weights).sum() for tile in flat]  # one at a time: in i64 a tile is eight times as large
         tiles = _mix(torch.stack(sums) + self._step) if sums else ids[:0]  # [T]
         self._keys = {"tokens": keys.view_as(batch.input_ids), "tiles": tiles}
+        if batch.memory is not None:
+            self._keys["readers"] = keys[batch.memory.query_rows]  # [U]
+            self._keys["memory"] = self._of_memory(batch.memory)
         self._tiles_done = 0
+
+    def _of_memory(self, memory: Memory) -> Tensor:
+        """i64[M]: of an image token its own, of a tag that of the image token it stands before, and how far before.
+
+        Example, slots [-1 -1 4 5 -1 6]: tag 2 and 1 before image token 4, image tokens 4, 5, tag 1 before 6, 6.
+        """
+        image_tokens = self._of_image_tokens()  # [T*Q]
+        slots = memory.slots
+        if not len(slots):  # nvlm_x: the image tokens as they are
+            return image_tokens
+        here = torch.arange(len(slots), device=slots.device)
+        following = torch.where(slots >= 0, here, len(slots) - 1).flip(0).cummin(0).values.flip(0)  # [M]
+        return _mix(image_tokens[slots[following]] + (following - here) * _ODD)
+
+    def _of_image_tokens(self) -> Tensor:
+        """i64[T*Q]"""
+        tiles = self._keys["tiles"]  # [T]
+        places = torch.arange(self._per_tile, device=tiles.device) * _ODD  # [Q]
+        return _mix(tiles[:, None] + places).flatten()
 
     def next_tiles(self, count: int) -> None:
         """The next `count` tiles of the batch, or zero tiles behind its last, go through the tower now."""
@@ -80,19 +104,17 @@ class Draws:
     def rows(self, kind: Rows, shape: torch.Size) -> Tensor:
         """i64[shape]: the key of every row of a dropout's input. Raises RuntimeError where rows of that shape are not
         the batch's."""
-        if kind == "tokens":
-            keys = self._keys["tokens"]  # [B, S]
-        elif kind == "patches":
+        if kind == "patches":
             tiles = self._keys["patches"]  # [T]
             places = torch.arange(shape[-1], device=tiles.device) * _ODD
             keys = _mix(tiles[:, None] + places)  # [T, 1+P]
         else:
-            tiles = self._keys["tiles"]  # [T]
-            # zero tiles and the zero row of a batch without images come last and belong to nobody
-            extra = -(-shape.numel() // self._per_tile) - len(tiles)
-            tiles = torch.cat((tiles, tiles.new_zeros(max(0, extra))))
-            places = torch.arange(self._per_tile, device=tiles.device) * _ODD
-            keys = _mix(tiles[:, None] + places).flatten()[: shape.numel()].view(shape)  # [T*Q]
+            keys = self._of_image_tokens() if kind == "image_tokens" else self._keys[kind]
+        if kind in ("image_tokens", "memory"):
+            # zero tiles, and the zero row where there is no image, come last and belong to nobody
+            keys = torch.cat((keys, keys.new_zeros(max(0, shape.numel() - len(keys)))))
+        if kind == "memory" and shape.numel() == 1:
+            keys = keys[:1]  # nvlm_h without a tile to read: one row of zeros, which nobody reads
         if keys.shape != shape:
             raise RuntimeError(
                 f"dropout got rows of shape {list(shape)}, but the batch's {kind} are {list(keys.shape)}"

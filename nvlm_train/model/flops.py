@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nvlm_train.recipe.schema import LORA_TARGETS, LanguageModel, Lora, Model, Train, Vision
+from nvlm_train.recipe.schema import LanguageModel, Lora, Model, Train, Vision, lora_targets
 
-MODULES = ("vision", "projector", "language_model")
 NUM_DUMMY_HEADS = 7  # zero heads in published NVLM-D checkpoints: 25 real ones padded to 32 for tensor parallelism
 
 
@@ -25,13 +24,21 @@ def image_tokens_per_tile(vision: Vision) -> int:
     return patches_per_tile(vision) // 4
 
 
+def modules_of(model: Model) -> tuple[str, ...]:
+    """The modules that a recipe can train, in the order of the data's way through the model."""
+    cross_attention = () if model.architecture == "nvlm_d" else ("cross_attention",)
+    return ("vision", "projector", *cross_attention, "language_model")
+
+
 def count_parameters(model: Model) -> dict[str, int]:
     """Number of parameters by module, tied weights counted once, padding heads of the published format not counted."""
-    return {
+    counts = {
         "vision": vision_parameters(model.vision),
         "projector": projector_parameters(model),
+        "cross_attention": cross_attention_parameters(model),
         "language_model": language_model_parameters(model.language_model),
     }
+    return {module: counts[module] for module in modules_of(model)}
 
 
 def vision_parameters(vision: Vision, num_dummy_heads: int = 0) -> int:
@@ -40,16 +47,41 @@ def vision_parameters(vision: Vision, num_dummy_heads: int = 0) -> int:
     heads = vision.num_attention_heads + num_dummy_heads
     inner = heads * (width // vision.num_attention_heads)
     embeddings = width + width * 3 * vision.patch_size**2 + width + width * (patches_per_tile(vision) + 1)
-    attention = 3 * inner * width + 2 * inner + width * inner + width  # qkv, q/k norms, proj with bias
+    attention = 3 * inner * (width + vision.qkv_bias) + width * inner + width  # qkv, proj with bias
+    attention += 2 * inner * vision.qk_normalization
     mlp = 2 * width * feed + feed + width
-    norms_and_scales = 4 * width
+    norms_and_scales = 4 * width + 2 * width * (vision.norm_type == "layer_norm")  # LayerNorm has biases
     return embeddings + vision.num_hidden_layers * (attention + mlp + norms_and_scales)
 
 
 def projector_parameters(model: Model) -> int:
-    """LayerNorm with bias over 4 E, then two Linears without biases over the decoder's feed-forward width."""
+    """LayerNorm with bias over 4 E (unless it is left out) and the Linears' weights, which have no biases."""
+    return 8 * model.vision.hidden_size * (model.projector.norm == "layer_norm") + projector_weights(model)
+
+
+def projector_weights(model: Model) -> int:
+    """Two Linears over the decoder's feed-forward width; in nvlm_x a single one."""
     shuffled, lm = 4 * model.vision.hidden_size, model.language_model
-    return 2 * shuffled + shuffled * lm.intermediate_size + lm.intermediate_size * lm.hidden_size
+    if model.architecture == "nvlm_x":
+        return shuffled * lm.hidden_size
+    return shuffled * lm.intermediate_size + lm.intermediate_size * lm.hidden_size
+
+
+def cross_attention_parameters(model: Model) -> int:
+    """All cross-attention layers: q, k, v, o, norms of tokens and memory, a gate, and the feed-forward part if any."""
+    own, width = model.cross_attention, model.language_model.hidden_size
+    gate = int(own.gate == "tanh")
+    layer = sum(cross_attention_weights(model)) + width + width * (own.memory_norm == "rms_norm") + gate
+    layer += (width + gate) * own.feed_forward
+    return len(model.cross_attention_layers) * layer
+
+
+def cross_attention_weights(model: Model) -> tuple[int, int]:
+    """Matrix weights of one cross-attention layer: those that a token meets (q, o, feed-forward), and those that a row
+    of the memory does (k, v)."""
+    width, (heads, groups) = model.language_model.hidden_size, model.cross_attention_heads
+    feed_forward = 3 * width * model.language_model.intermediate_size * model.cross_attention.feed_forward
+    return 2 * width * width + feed_forward, 2 * width * groups * (width // heads)
 
 
 def language_model_parameters(lm: LanguageModel) -> int:
@@ -59,10 +91,10 @@ def language_model_parameters(lm: LanguageModel) -> int:
 
 
 def decoder_layer_parameters(lm: LanguageModel) -> int:
-    """One decoder layer: q, k, v with biases, o, gate, up, down, two norms."""
+    """One decoder layer: q, k, v (with biases in Qwen2), o, gate, up, down, two norms."""
     width = lm.hidden_size
     kv = lm.num_key_value_heads * (width // lm.num_attention_heads)
-    attention = 2 * width * width + 2 * width * kv + width + 2 * kv
+    attention = 2 * width * width + 2 * width * kv + (width + 2 * kv) * (lm.model_type == "qwen2")
     return attention + 3 * width * lm.intermediate_size + 2 * width
 
 
@@ -71,14 +103,23 @@ def linear_shapes(model: Model) -> dict[str, dict[str, tuple[int, int]]]:
     vision, lm = model.vision, model.language_model
     e, ef, d, f = vision.hidden_size, vision.intermediate_size, lm.hidden_size, lm.intermediate_size
     kv = lm.num_key_value_heads * (d // lm.num_attention_heads)
-    return {
+    feed_forward = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+    shapes = {
         "vision": {"qkv": (e, 3 * e), "proj": (e, e), "fc1": (e, ef), "fc2": (ef, e)},
-        "projector": {"fc1": (4 * e, f), "fc2": (f, d)},
-        "language_model": {
-            "q_proj": (d, d), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (d, d),
-            "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d),
-        },
-    }  # fmt: skip
+        "projector": {"fc1": (4 * e, f), "fc2": (f, d), "fc": (4 * e, d)},
+        "cross_attention": feed_forward,
+        "language_model": {"q_proj": (d, d), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (d, d)} | feed_forward,
+    }
+    if model.architecture != "nvlm_d":
+        heads, groups = model.cross_attention_heads
+        kv = groups * (d // heads)
+        shapes["cross_attention"] = {
+            "q_proj": (d, d),
+            "k_proj": (d, kv),
+            "v_proj": (d, kv),
+            "o_proj": (d, d),
+        } | feed_forward
+    return {m: {t: shapes[m][t] for t in lora_targets(model, m)} for m in modules_of(model)}
 
 
 def num_layers(model: Model) -> dict[str, int]:
@@ -86,6 +127,7 @@ def num_layers(model: Model) -> dict[str, int]:
     return {
         "vision": model.vision.num_hidden_layers,
         "projector": 1,
+        "cross_attention": len(model.cross_attention_layers),
         "language_model": model.language_model.num_hidden_layers,
     }
 
@@ -93,19 +135,15 @@ def num_layers(model: Model) -> dict[str, int]:
 def adapter_parameters(model: Model, module: str, options: Lora) -> int:
     """Parameters of a module's LoRA adapters: rank x (inputs + outputs) of each target."""
     shapes = linear_shapes(model)[module]
-    widths = sum(sum(shapes[target]) for target in options.targets or LORA_TARGETS[module])
+    widths = sum(sum(shapes[target]) for target in options.targets or shapes)
     return num_layers(model)[module] * options.rank * widths
 
 
 def trainable_parameters(model: Model, train: Train) -> dict[str, int]:
     """Parameters that the optimizer steps, by module: all of a `full` one, the adapters of a `lora` one, else 0."""
     counts = count_parameters(model)
-    return {
-        module: {"full": counts[module], "frozen": 0}.get(
-            mode, adapter_parameters(model, module, getattr(train.lora, module))
-        )
-        for module, mode in train.modes.items()
-    }
+    adapters = {m: adapter_parameters(model, m, getattr(train.lora, m)) for m in counts if train.modes[m] == "lora"}
+    return {m: adapters.get(m, counts[m] if train.modes[m] == "full" else 0) for m in counts}
 
 
 @dataclass(frozen=True)
@@ -140,19 +178,21 @@ def count_flops(model: Model, train: Train, sample_tokens: int, recompute: str) 
     """Operations per token and tile for a recipe's model, frozen modules and activation recompute.
 
     sample_tokens: length of a sample, because attention grows with it; causal attention looks at half of it on average.
+    Every token of a sample is taken to read all of its tiles by cross-attention (nvlm_h: as if none were a thumbnail).
     recompute: the recipe's activation_checkpointing. What `selective` computes again is no product, so it counts as
     nothing here.
     """
-    modes = train.modes
-    trained = [mode != "frozen" for mode in modes.values()]
+    modes = {module: train.modes[module] for module in modules_of(model)}
+    trained = {module: mode != "frozen" for module, mode in modes.items()}
     tower_passes = _passes(modes["vision"], upstream=False)
-    projector_passes = _passes(modes["projector"], upstream=trained[0])
-    decoder_passes = _passes(modes["language_model"], upstream=trained[0] or trained[1])
+    projector_passes = _passes(modes["projector"], upstream=trained["vision"])
+    images = trained["vision"] or trained["projector"]
+    crossing = modes.get("cross_attention", "frozen")
+    decoder_passes = _passes(modes["language_model"], upstream=images or crossing != "frozen")
 
     tower = vision_forward_flops(model.vision)
-    shuffled, lm = 4 * model.vision.hidden_size, model.language_model
-    weights = shuffled * lm.intermediate_size + lm.intermediate_size * lm.hidden_size
-    projector = 2.0 * weights * image_tokens_per_tile(model.vision)
+    lm, image_tokens = model.language_model, image_tokens_per_tile(model.vision)
+    projector = 2.0 * projector_weights(model) * image_tokens
 
     kv = lm.num_key_value_heads * (lm.hidden_size // lm.num_attention_heads)
     layer = 2 * lm.hidden_size**2 + 2 * lm.hidden_size * kv + 3 * lm.hidden_size * lm.intermediate_size
@@ -166,12 +206,29 @@ def count_flops(model: Model, train: Train, sample_tokens: int, recompute: str) 
         module: 2.0 * adapter_parameters(model, module, getattr(train.lora, module)) if mode == "lora" else 0.0
         for module, mode in modes.items()
     }
-    tower_rows = patches_per_tile(model.vision) + 1
+    tower_again = beside["vision"] * (patches_per_tile(model.vision) + 1)
     per_token += 3 * beside["language_model"]
-    per_tile += 3 * (beside["vision"] * tower_rows + beside["projector"] * image_tokens_per_tile(model.vision))
-    again = body + attention + beside["language_model"] if recompute == "full" and decoder_passes > 1 else 0.0
-    tile_again = tower + beside["vision"] * tower_rows if recompute == "full" and trained[0] else 0.0
-    return Flops(sample_tokens, tower, per_token, per_tile, per_token + again, per_tile + tile_again)
+    per_tile += 3 * (tower_again + beside["projector"] * image_tokens)
+    again, again_per_tile = body + attention + beside["language_model"], 0.0
+    if model.architecture != "nvlm_d":
+        layers = len(model.cross_attention_layers)
+        of_token, of_row = (2.0 * layers * weights for weights in cross_attention_weights(model))
+        reading = 4.0 * layers * image_tokens * sample_tokens * lm.hidden_size  # QK' and PV of a tile
+        per_token += of_token * _passes(crossing, upstream=images or trained["language_model"])
+        per_token += 3 * beside["cross_attention"]  # as if k and v met tokens too, not the rows of the memory
+        per_tile += of_row * image_tokens * _passes(crossing, upstream=images)
+        per_tile += reading * (3 if decoder_passes > 1 else 1)
+        again, again_per_tile = again + of_token, of_row * image_tokens + reading
+    recomputed = recompute == "full" and decoder_passes > 1
+    tower_again = (tower + tower_again) * (recompute == "full" and trained["vision"])
+    return Flops(
+        sample_tokens,
+        tower,
+        per_token,
+        per_tile,
+        per_token + again * recomputed,
+        per_tile + again_per_tile * recomputed + tower_again,
+    )
 
 
 def _passes(mode: str, upstream: bool) -> int:

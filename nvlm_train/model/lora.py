@@ -22,7 +22,9 @@ from nvlm_train.model.dropout import Draws, Dropout, Rows
 from nvlm_train.model.recompute import Recompute
 from nvlm_train.recipe import schema
 
-_ROWS: dict[str, Rows] = {"vision": "patches", "projector": "image_tokens", "language_model": "tokens"}
+_ROWS: dict[str, Rows] = {
+    "vision": "patches", "projector": "image_tokens", "cross_attention": "readers", "language_model": "tokens",
+}  # fmt: skip
 
 
 def attribute_of(module: str) -> str:
@@ -51,9 +53,11 @@ def adapter_names(base: str) -> tuple[str, str]:
     return f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"
 
 
-def targets(model: nn.Module, module: str, options: schema.Lora) -> Iterator[tuple[str, nn.Linear]]:
+def targets(
+    model: nn.Module, config: schema.Model, module: str, options: schema.Lora
+) -> Iterator[tuple[str, nn.Linear]]:
     """Name inside the module, and layer, of every target. Raises ValueError for one that is no plain linear layer."""
-    wanted = options.targets or schema.LORA_TARGETS[module]
+    wanted = options.targets or schema.lora_targets(config, module)
     for name, layer in getattr(model, attribute_of(module)).named_modules():
         if name.rsplit(".", 1)[-1] in wanted:
             if type(layer) is not nn.Linear:
@@ -76,7 +80,7 @@ def add_adapters(model: nn.Module, config: schema.Model, train: schema.Train) ->
     drops = False
     for module in modules:
         options: schema.Lora = getattr(train.lora, module)
-        names = [name for name, _ in targets(model, module, options)]
+        names = [name for name, _ in targets(model, config, module, options)]
         # a bare module around it, because peft reads a `config` where there is one and takes it for its own
         around = nn.Module()
         inner: nn.Module = getattr(model, attribute_of(module))
@@ -93,7 +97,9 @@ def add_adapters(model: nn.Module, config: schema.Model, train: schema.Train) ->
             for name in names:
                 full = f"{attribute_of(module)}.{name}"
                 layer: Any = inner.get_submodule(name)
-                layer.lora_dropout["default"] = Dropout(options.dropout, full, _ROWS[module], draws)
+                of_memory = module == "cross_attention" and name.endswith((".k_proj", ".v_proj"))
+                rows: Rows = "memory" if of_memory else _ROWS[module]
+                layer.lora_dropout["default"] = Dropout(options.dropout, full, rows, draws)
     if not drops:
         return None
     model.register_forward_pre_hook(lambda module, args: draws.look_at(args[0]) if module.training else None)
@@ -111,15 +117,15 @@ def add_adapters(model: nn.Module, config: schema.Model, train: schema.Train) ->
 
 def adapter_shapes(config: schema.Model, train: schema.Train) -> dict[str, tuple[int, ...]]:
     """Name and shape of every adapter that `add_adapters` makes; no weight is."""
-    from nvlm_train.model.nvlm import NvlmD
+    from nvlm_train.model.nvlm import class_of
 
     modules = [module for module, mode in train.modes.items() if mode == "lora"]
     with torch.device("meta"):
-        model = NvlmD(config, with_vision="vision" in modules) if modules else nn.Module()
+        model = class_of(config)(config, with_vision="vision" in modules) if modules else nn.Module()
     shapes: dict[str, tuple[int, ...]] = {}
     for module in modules:
         options: schema.Lora = getattr(train.lora, module)
-        for name, layer in targets(model, module, options):
+        for name, layer in targets(model, config, module, options):
             a, b = adapter_names(f"{attribute_of(module)}.{name}.weight")
             shapes[a] = (options.rank, layer.in_features)
             shapes[b] = (layer.out_features, options.rank)

@@ -1,23 +1,30 @@
-"""NVLM-D: tower, pixel shuffle, projector, and a decoder whose sequence takes the image tokens in."""
+"""The NVLM models: tower, pixel shuffle, projector and decoder, and the three ways from the one to the other.
+
+NVLM-D   all image tokens enter the decoder's sequence
+NVLM-X   none does: gated cross-attention layers read them
+NVLM-H   those of the thumbnail do, and cross-attention reads the other tiles
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_train.batch import Batch
+from nvlm_train.batch import Batch, Memory
+from nvlm_train.model.cross_attention import CrossAttention
 from nvlm_train.model.decoder import LanguageModel
-from nvlm_train.model.projector import Projector, pixel_shuffle
+from nvlm_train.model.projector import LinearProjector, Projector, pixel_shuffle
 from nvlm_train.model.vision import InternVit, encode_tiles
 from nvlm_train.recipe import schema
 
 
-class NvlmD(nn.Module):
-    """All image tokens enter the decoder's sequence, in the places that `Batch.image_slots` names.
+class Nvlm(nn.Module):
+    """What the three have in common; use one of them.
 
     Every forward makes the same module calls in the same order, whatever the batch holds, so that ranks with and
-    without images stay together under ZeRO-3: the projector runs exactly once, a tower inside runs
-    `batch.num_tile_chunks` times, and no trained weight is ever left without a gradient.
+    without images stay together under ZeRO-3: the projector runs exactly once, so does each cross-attention layer, a
+    tower inside runs `batch.num_tile_chunks` times, and no trained weight is ever left without a gradient.
 
     config: architecture and sizes. with_vision: False leaves the tower out; the caller then brings `features`.
     activation_checkpointing: what is computed again in backward, see `model.recompute`.
@@ -38,7 +45,9 @@ class NvlmD(nn.Module):
         self.tiles_per_chunk = tiles_per_chunk
         if with_vision:
             self.vision_model = InternVit(config.vision, activation_checkpointing)
-        self.projector = Projector(config)
+        self.projector = LinearProjector(config) if config.architecture == "nvlm_x" else Projector(config)
+        if config.architecture != "nvlm_d":
+            self.cross_attention = CrossAttention(config, kernels)
         self.language_model = LanguageModel(
             config.language_model, activation_checkpointing=activation_checkpointing, kernels=kernels
         )
@@ -58,12 +67,19 @@ class NvlmD(nn.Module):
 
     def _hidden(self, batch: Batch, features: Tensor | None) -> Tensor:
         image_tokens = self.projector(self._projector_input(batch, features))  # [T*Q or 1, D]
-        embedded = self.language_model.model.embed_tokens(batch.input_ids)  # [B, S, D]
-        # Text positions read row 0 and drop it again: no search for the image positions, so no wait for the device,
-        # and image tokens that nothing takes get a gradient of exactly zero.
-        taken = nn.functional.embedding(batch.image_slots.clamp(min=0), image_tokens)  # [B, S, D]
-        x = torch.where((batch.image_slots >= 0).unsqueeze(-1), taken, embedded)  # [B, S, D]
-        return self.language_model.model(x, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)  # [B, S, D]
+        return self._decode(batch, image_tokens)  # [B, S, D]
+
+    def _decode(self, batch: Batch, image_tokens: Tensor) -> Tensor:
+        """image_tokens: [T*Q, D], or one row that nothing takes -> [B, S, D], normalised."""
+        raise NotImplementedError
+
+    def _run_decoder(self, x: Tensor, batch: Batch, memory: Tensor | None = None) -> Tensor:
+        """x: [B, S, D]; memory: [M, D] for cross-attention -> [B, S, D], normalised."""
+        decoder, where = self.language_model.model, (batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+        if memory is None:
+            return decoder(x, *where)
+        readers = self.cross_attention.readers(memory, _memory_of(batch))
+        return decoder(x, *where, readers, self.config.cross_attention.place)
 
     def _projector_input(self, batch: Batch, features: Tensor | None) -> Tensor:
         """[T*Q, 4E], or one row of zeros, which no slot takes, where there is no image."""
@@ -86,3 +102,55 @@ class NvlmD(nn.Module):
             width = 4 * self.config.vision.hidden_size
             return torch.zeros(1, width, dtype=dtype, device=batch.input_ids.device)  # [1, 4E]
         return pixel_shuffle(features).flatten(0, 1)  # [T*Q, 4E]
+
+
+class NvlmD(Nvlm):
+    """All image tokens enter the decoder's sequence, in the places that `Batch.image_slots` names."""
+
+    def _decode(self, batch: Batch, image_tokens: Tensor) -> Tensor:
+        embedded = self.language_model.model.embed_tokens(batch.input_ids)  # [B, S, D]
+        return self._run_decoder(_put_images(embedded, batch.image_slots, image_tokens), batch)  # [B, S, D]
+
+
+class NvlmX(Nvlm):
+    """No image token enters the sequence: cross-attention layers read them as `Batch.memory` says."""
+
+    def _decode(self, batch: Batch, image_tokens: Tensor) -> Tensor:
+        embedded = self.language_model.model.embed_tokens(batch.input_ids)  # [B, S, D]
+        return self._run_decoder(embedded, batch, image_tokens)  # [B, S, D]
+
+
+class NvlmH(Nvlm):
+    """Image tokens of thumbnails enter the sequence; cross-attention layers read the other tiles, a tag before each."""
+
+    def _decode(self, batch: Batch, image_tokens: Tensor) -> Tensor:
+        memory = _memory_of(batch)
+        ids = torch.cat((batch.input_ids.flatten(), memory.ids))  # [B*S + M]
+        embedded = self.language_model.model.embed_tokens(ids)  # [B*S + M, D]; one call: one gather under ZeRO-3
+        text, tags = embedded.split((batch.input_ids.numel(), len(memory.ids)))  # [B*S, D], [M, D]
+        x = _put_images(text.view(*batch.input_ids.shape, -1), batch.image_slots, image_tokens)  # [B, S, D]
+        # One row of zeros, which nothing reads, where there is no tile to read: the layers run all the same.
+        rows = _put_images(tags, memory.slots, image_tokens) if len(tags) else text.new_zeros(1, text.shape[1])
+        return self._run_decoder(x, batch, rows)  # [B, S, D]
+
+
+CLASSES: dict[str, type[Nvlm]] = {"nvlm_d": NvlmD, "nvlm_x": NvlmX, "nvlm_h": NvlmH}
+
+
+def class_of(config: schema.Model) -> type[Nvlm]:
+    """The class of the recipe's architecture."""
+    return CLASSES[config.architecture]
+
+
+def _put_images(embedded: Tensor, slots: Tensor, image_tokens: Tensor) -> Tensor:
+    """Image token `slots` where it is not -1, else what is there. embedded: [..., D]; slots: i64[...] -> [..., D]."""
+    # Text positions read row 0 and drop it again: no search for the image positions, so no wait for the device,
+    # and image tokens that nothing takes get a gradient of exactly zero.
+    taken = F.embedding(slots.clamp(min=0), image_tokens)  # [..., D]
+    return torch.where((slots >= 0).unsqueeze(-1), taken, embedded)  # [..., D]
+
+
+def _memory_of(batch: Batch) -> Memory:
+    if batch.memory is None:
+        raise ValueError("the batch was laid out for nvlm_d: it says nothing of what cross-attention reads")
+    return batch.memory

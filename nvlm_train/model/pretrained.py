@@ -149,7 +149,7 @@ def open_vision_folder(path: str | Path, vision: schema.Vision) -> WeightFolder:
 
 
 def open_language_model_folder(path: str | Path, lm: schema.LanguageModel) -> WeightFolder:
-    """A Qwen2 folder in the published format; names get the prefix `language_model.`.
+    """A Qwen2 or Llama folder in the published format; names get the prefix `language_model.`.
 
     A tied model's folder may bring its head as well: it must then equal the embedding, and is left out.
     Raises CheckpointError as `open_vision_folder` does.
@@ -315,11 +315,10 @@ def _vision_checks(config: dict[str, Any], vision: schema.Vision) -> list[_Check
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
         checks.append(_Check(key, value, getattr(vision, key), key))
-    # What the 6B tower is; InternViT-300M (layer_norm, qkv bias, no QK-norm) differs in all of these.
+    # The published code's defaults are the 6B tower's; what InternViT-300M differs in stands in its config.json.
+    for key, default in (("norm_type", "rms_norm"), ("qk_normalization", True), ("qkv_bias", False)):
+        checks.append(_Check(key, config.get(key, default), getattr(vision, key), key))
     return checks + [
-        _Check("norm_type", config.get("norm_type", "rms_norm"), "rms_norm"),
-        _Check("qk_normalization", config.get("qk_normalization", True), True),
-        _Check("qkv_bias", config.get("qkv_bias", False), False),
         _Check("hidden_act", config.get("hidden_act", "gelu"), "gelu"),
         _Check("num_channels", config.get("num_channels", 3), 3),
     ]
@@ -351,8 +350,10 @@ def _language_model_checks(config: dict[str, Any], lm: schema.LanguageModel) -> 
         )
     head_size = lm.hidden_size // lm.num_attention_heads
     kinds = config.get("layer_types") or ["full_attention"]
+    if lm.model_type == "llama":
+        checks += [_Check(key, config.get(key, False), False) for key in ("attention_bias", "mlp_bias")]
     return checks + [
-        _Check("model_type", config.get("model_type", _MISSING), "qwen2"),
+        _Check("model_type", config.get("model_type", _MISSING), lm.model_type, "model_type"),
         _Check("hidden_act", config.get("hidden_act", "silu"), "silu"),
         _Check("head_dim", config.get("head_dim") or head_size, head_size),
         _Check("use_sliding_window", config.get("use_sliding_window", False), False),
@@ -364,11 +365,11 @@ def _language_model_checks(config: dict[str, Any], lm: schema.LanguageModel) -> 
 
 
 def expected_shapes(config: schema.Model, *, with_vision: bool = True) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all parameters of `NvlmD(config)`, which is not built; a tied head has no own name."""
-    from nvlm_train.model.nvlm import NvlmD
+    """Names and shapes of all parameters of the recipe's model, which is not built; a tied head has no own name."""
+    from nvlm_train.model.nvlm import class_of
 
     with torch.device("meta"):
-        model = NvlmD(config, with_vision=with_vision)
+        model = class_of(config)(config, with_vision=with_vision)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -386,7 +387,9 @@ class Account:
 
 
 def account(
-    expected: Mapping[str, Sequence[int]], weights: Weights, may_be_new: Sequence[str] = ("projector.",)
+    expected: Mapping[str, Sequence[int]],
+    weights: Weights,
+    may_be_new: Sequence[str] = ("projector.", "cross_attention."),
 ) -> Account:
     """Compares what the model needs with what the weights bring.
 
@@ -422,21 +425,25 @@ def account(
 def initial_value(name: str, shape: Sequence[int], seed: int, config: schema.Model) -> Tensor:
     """The value a new parameter starts from: a function of seed and name alone, whatever rank or order asks.
 
-    Norm weights 1, biases 0, LayerScale 0.1, LoRA's as peft does, the projector's weights normal with the recipe's
-    initializer_std, all others with 0.02 (transformers' and InternViT's default). Returns fp32[shape] on the CPU.
+    Norm weights 1, biases 0, LayerScale 0.1, gates as the recipe says, LoRA's as peft does, the weights of projector
+    and cross-attention normal with the recipe's initializer_std of each, all other weights normal with 0.02
+    (transformers' and InternViT's default). Returns fp32[shape] on the CPU.
     """
     owner, _, leaf = name.rpartition(".")
     if leaf == "bias":
         return torch.zeros(*shape)
     if leaf in ("ls1", "ls2"):
         return torch.full(tuple(shape), 0.1)
+    if leaf in ("attn_gate", "mlp_gate"):
+        return torch.full(tuple(shape), float(config.cross_attention.gate_init))
     if leaf == "weight" and "norm" in owner.rpartition(".")[2]:
         return torch.ones(*shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     if lora.is_adapter(name):
         return lora.initial_adapter(name, tuple(shape), generator)
-    std = config.projector.initializer_std if name.startswith("projector.") else 0.02
+    stds = {"projector": config.projector.initializer_std, "cross_attention": config.cross_attention.initializer_std}
+    std = stds.get(name.split(".", 1)[0], 0.02)
     return torch.empty(*shape).normal_(0.0, std, generator=generator)
 
 

@@ -1,8 +1,8 @@
-"""InternViT: the vision tower, as published for InternViT-6B-448px-V1-5, in any size.
+"""InternViT: the vision tower, as published for InternViT-6B-448px-V1-5 and InternViT-300M-448px, in any size.
 
-Pre-norm transformer over patches and a class token: learned positions, RMSNorm, QK-RMSNorm over the full width (all
-heads jointly), LayerScale, erf GELU. The output is the last layer's, without a final norm and without the class token.
-Parameter names are the published ones.
+Pre-norm transformer over patches and a class token: learned positions, LayerScale, erf GELU. The 6B tower has RMSNorms
+and a QK-RMSNorm over the full width (all heads jointly); the 300M one has LayerNorms and biases on q, k and v. The
+output is the last layer's, without a final norm and without the class token. Parameter names are the published ones.
 """
 
 from __future__ import annotations
@@ -43,15 +43,18 @@ class Attention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm = RMSNorm(width, config.layer_norm_eps)
-        self.k_norm = RMSNorm(width, config.layer_norm_eps)
+        self.qk_normalization = config.qk_normalization
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        if config.qk_normalization:
+            self.q_norm = RMSNorm(width, config.layer_norm_eps)
+            self.k_norm = RMSNorm(width, config.layer_norm_eps)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, 1+P, E] -> [T, 1+P, E]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # [T, 1+P, E] each
-        q, k = self.q_norm(q), self.k_norm(k)  # one mean square over all heads
+        if self.qk_normalization:
+            q, k = self.q_norm(q), self.k_norm(k)  # one mean square over all heads
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))  # [T, N, 1+P, H]
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [T, 1+P, E]
         return self.proj(out)
@@ -76,10 +79,11 @@ class Layer(nn.Module):
     def __init__(self, config: schema.Vision) -> None:
         super().__init__()
         width = config.hidden_size
-        self.norm1 = RMSNorm(width, config.layer_norm_eps)
+        norm = RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+        self.norm1 = norm(width, eps=config.layer_norm_eps)
         self.attn = Attention(config)
         self.ls1 = nn.Parameter(torch.full((width,), 0.1))
-        self.norm2 = RMSNorm(width, config.layer_norm_eps)
+        self.norm2 = norm(width, eps=config.layer_norm_eps)
         self.mlp = FeedForward(config)
         self.ls2 = nn.Parameter(torch.full((width,), 0.1))
 

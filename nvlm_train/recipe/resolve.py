@@ -26,7 +26,7 @@ class BatchArithmetic:
     """How the samples of a step, or its packs, fill the ranks; the other one of the two is None.
 
     Lengths are in the data, so the packs of a number of samples are bounded here and known exactly only from the length
-    index: `max_packs` is reached when every sample has max_tokens_per_sample.
+    index: `max_packs` is reached when every sample has max_tokens_per_sample, and one image of the most tiles.
 
     slots_per_micro_step: ranks x micro_batch_size, the packs that one micro-step can hold.
     max_micro_steps: ceil(max_packs / slots_per_micro_step); a step never has more (accumulation, in other tools).
@@ -86,7 +86,7 @@ def resolve(recipe: Recipe, world_size: int, num_steps: int | None = None) -> Re
     num_steps = num_steps if num_steps is not None else known_steps(recipe)
     counts = count_parameters(recipe.model)
     trainable = trainable_parameters(recipe.model, recipe.train)
-    trained = [module for module, mode in recipe.train.modes.items() if mode != "frozen"]
+    trained = [module for module in counts if recipe.train.modes[module] != "frozen"]
     return Resolved(
         recipe=recipe,
         world_size=world_size,
@@ -127,8 +127,7 @@ def batch_arithmetic(recipe: Recipe, world_size: int) -> BatchArithmetic:
             f"{samples} rank{'s' if samples > 1 else ''} or fewer"
         )
     slots = world_size * micro
-    samples_per_pack = recipe.data.pack_tokens // recipe.data.max_tokens_per_sample
-    max_packs = packs if samples is None else math.ceil(samples / samples_per_pack)
+    max_packs = packs if samples is None else math.ceil(samples / _samples_per_pack(recipe))
     assert max_packs is not None  # the schema: one of the two is given
     micro_steps = math.ceil(max_packs / slots)
     return BatchArithmetic(
@@ -147,6 +146,13 @@ def batch_arithmetic(recipe: Recipe, world_size: int) -> BatchArithmetic:
     )
 
 
+def _samples_per_pack(recipe: Recipe) -> int:
+    """How many of the largest samples fit into a pack, each with one image of the most tiles."""
+    data = recipe.data
+    by_tokens = data.pack_tokens // data.max_tokens_per_sample
+    return by_tokens if data.pack_tiles is None else min(by_tokens, data.pack_tiles // data.tiling.tiles_of_image)
+
+
 def _warnings(recipe: Recipe, batch: BatchArithmetic, num_steps: int | None) -> tuple[str, ...]:
     warnings = []
     if batch.max_null_share > NULL_SHARE_WARNING and batch.packs is not None:
@@ -160,7 +166,7 @@ def _warnings(recipe: Recipe, batch: BatchArithmetic, num_steps: int | None) -> 
     elif batch.max_null_share > NULL_SHARE_WARNING:
         below = batch.max_packs // batch.slots_per_micro_step * batch.slots_per_micro_step
         above = below + batch.slots_per_micro_step
-        per_pack = recipe.data.pack_tokens // recipe.data.max_tokens_per_sample
+        per_pack = _samples_per_pack(recipe)
         legal = [str(packs * per_pack) for packs in (below, above) if packs]
         warnings.append(
             f"global_batch.samples {batch.samples}: {batch.max_null_share:.0%} of the slots of a step hold null packs "

@@ -63,6 +63,11 @@ VISION_PRESETS: dict[str, dict[str, Any]] = {
         hidden_size=3200, intermediate_size=12800, num_hidden_layers=45, num_attention_heads=25, image_size=448,
         patch_size=14, layer_norm_eps=1e-6,
     ),
+    # InternViT-300M-448px, distilled from the one above; 304,012,288 parameters
+    "internvit_300m_448px": dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=448,
+        patch_size=14, layer_norm_eps=1e-6, norm_type="layer_norm", qk_normalization=False, qkv_bias=True,
+    ),
 }  # fmt: skip
 
 LANGUAGE_MODEL_PRESETS: dict[str, dict[str, Any]] = {
@@ -82,6 +87,11 @@ LANGUAGE_MODEL_PRESETS: dict[str, dict[str, Any]] = {
         hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
         vocab_size=152064,
     ),
+    # Yi-34B and Nous-Hermes-2-Yi-34B; 34,388,917,248 parameters
+    "yi_34b": dict(
+        model_type="llama", hidden_size=7168, intermediate_size=20480, num_hidden_layers=60, num_attention_heads=56,
+        num_key_value_heads=8, vocab_size=64000, rms_norm_eps=1e-5, rope_theta=5000000.0, max_position_embeddings=4096,
+    ),
 }  # fmt: skip
 
 
@@ -97,12 +107,12 @@ def _fill_from_preset(presets: dict[str, dict[str, Any]]) -> BeforeValidator:
 
 
 class Vision(Section):
-    """The vision tower: InternViT with learned positions, class token, QK-RMSNorm over the full width, LayerScale."""
+    """The vision tower: InternViT with learned positions, a class token and LayerScale."""
 
     shorthand = "preset"
     presets: ClassVar[dict[str, dict[str, Any]]] = VISION_PRESETS
 
-    preset: Literal["internvit_6b_448px_v1_5"] | None = key(
+    preset: Literal["internvit_6b_448px_v1_5", "internvit_300m_448px"] | None = key(
         None, doc="Sizes of a published tower; single sizes given beside it win.", resume="free"
     )
     hidden_size: int = key(doc="Width E of the tower.", gt=0)
@@ -113,7 +123,14 @@ class Vision(Section):
     )
     image_size: int = key(doc="Edge of a tile in pixels.", gt=0)
     patch_size: int = key(doc="Edge of a patch in pixels.", gt=0)
-    layer_norm_eps: Number = key(1e-6, doc="Epsilon of the tower's RMSNorms.", gt=0)
+    layer_norm_eps: Number = key(1e-6, doc="Epsilon of the tower's norms.", gt=0)
+    norm_type: Literal["rms_norm", "layer_norm"] = key(
+        "rms_norm", doc="Norm before attention and feed-forward: rms_norm in the 6B tower, layer_norm in the 300M one."
+    )
+    qk_normalization: bool = key(
+        True, doc="Whether queries and keys get an RMSNorm over the full width: in the 6B tower, not in the 300M one."
+    )
+    qkv_bias: bool = key(False, doc="Whether q, k and v have biases: in the 300M tower, not in the 6B one.")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Vision:
@@ -140,8 +157,12 @@ class Vision(Section):
 
 
 class Projector(Section):
-    """LayerNorm, Linear, GELU, Linear from the shuffled patches (4 x vision width) to the decoder's width."""
+    """From the shuffled patches (4 x vision width) to the decoder's width: LayerNorm, Linear, GELU, Linear; in nvlm_x
+    LayerNorm, Linear."""
 
+    norm: Literal["layer_norm", "none"] = key(
+        "layer_norm", doc="The projector's first step; the published nvlm_d has layer_norm."
+    )
     layer_norm_eps: Number = key(1e-5, doc="Epsilon of the input LayerNorm; the published code has 1e-5.", gt=0)
     initializer_std: Number = key(
         0.014, doc="Standard deviation of a new projector's weights; 0.014 in the released scripts.", gt=0
@@ -149,13 +170,17 @@ class Projector(Section):
 
 
 class LanguageModel(Section):
-    """The decoder: Qwen2 (grouped-query attention, q/k/v biases, RoPE, SwiGLU, RMSNorm)."""
+    """The decoder, of Qwen2's or Llama's kind: grouped-query attention, RoPE, SwiGLU, RMSNorm."""
 
     shorthand = "preset"
     presets: ClassVar[dict[str, dict[str, Any]]] = LANGUAGE_MODEL_PRESETS
 
-    preset: Literal["qwen2_0_5b_instruct", "qwen2_1_5b_instruct", "qwen2_7b_instruct", "qwen2_72b_instruct"] | None = (
-        key(None, doc="Sizes of a published decoder; single sizes given beside it win.", resume="free")
+    preset: (
+        Literal["qwen2_0_5b_instruct", "qwen2_1_5b_instruct", "qwen2_7b_instruct", "qwen2_72b_instruct", "yi_34b"]
+        | None
+    ) = key(None, doc="Sizes of a published decoder; single sizes given beside it win.", resume="free")
+    model_type: Literal["qwen2", "llama"] = key(
+        "qwen2", doc="qwen2: biases on q, k and v. llama: no biases at all (Yi is of this kind)."
     )
     hidden_size: int = key(doc="Width D of the decoder.", gt=0)
     intermediate_size: int = key(doc="Width F of its feed-forward layers; also the projector's hidden width.", gt=0)
@@ -200,10 +225,48 @@ class LanguageModel(Section):
         return self
 
 
+class CrossAttention(Section):
+    """Gated cross-attention of nvlm_x and nvlm_h. The paper is silent on what is inside: each default is our choice."""
+
+    every_layers: int | None = key(
+        None,
+        doc="One cross-attention layer for so many decoder layers, at the last of them; default: a tenth of the "
+        "decoder's, so that there are about ten (8 of 80 and 6 of 60, as in the paper).",
+        gt=0,
+    )
+    place: Literal["before", "between", "after"] = key(
+        "between",
+        doc="Where in its decoder layer: before it, between self-attention and feed-forward, or after it.",
+    )
+    num_attention_heads: int | None = key(None, doc="Query heads; default: the decoder's.", gt=0)
+    num_key_value_heads: int | None = key(None, doc="Key/value heads; default: the decoder's.", gt=0)
+    gate: Literal["tanh", "none"] = key(
+        "tanh", doc="What a layer adds is multiplied by tanh of one learned number, or added as it is."
+    )
+    gate_init: Number = key(0.0, doc="Where the gates start; 0: the decoder's output is the plain decoder's at first.")
+    feed_forward: bool = key(False, doc="Whether each layer has a gated feed-forward part of its own.")
+    memory_norm: Literal["rms_norm", "none"] = key(
+        "rms_norm", doc="Norm of what keys and values are made of, in each layer."
+    )
+    text_reads: Literal["preceding_images", "last_image", "tags_only"] = key(
+        "preceding_images",
+        doc="Which tiles ordinary text sees: those of all images before it in its sample, of the last of them, or none "
+        "(nvlm_x: only a tile's tag sees it). A tag sees its own tile in any case.",
+    )
+    thumbnail_reads_tiles: bool = key(
+        True, doc="nvlm_h: whether a thumbnail's own tokens see the tiles of its image; the text after it does."
+    )
+    initializer_std: Number = key(0.02, doc="Standard deviation of new weights.", gt=0)
+
+
 class Model(Section):
     """The architecture and its sizes. Weights come from `init_from`."""
 
-    architecture: Literal["nvlm_d"] = key("nvlm_d", doc="nvlm_d: all image tokens enter the decoder's sequence.")
+    architecture: Literal["nvlm_d", "nvlm_x", "nvlm_h"] = key(
+        "nvlm_d",
+        doc="nvlm_d: all image tokens enter the decoder's sequence. nvlm_x: none does, cross-attention layers read "
+        "them. nvlm_h: those of thumbnails do, cross-attention reads the other tiles.",
+    )
     vision: Annotated[Vision, _fill_from_preset(VISION_PRESETS)] = key(
         doc="Vision tower: a preset's name or its sizes."
     )
@@ -211,6 +274,84 @@ class Model(Section):
     language_model: Annotated[LanguageModel, _fill_from_preset(LANGUAGE_MODEL_PRESETS)] = key(
         doc="Decoder: a preset's name or its sizes."
     )
+    cross_attention: CrossAttention = key(CrossAttention(), doc="Cross-attention layers of nvlm_x and nvlm_h.")
+
+    @property
+    def cross_attention_layers(self) -> tuple[int, ...]:
+        """Numbers, from 0, of the decoder layers that have cross-attention; 7, 15, ... 79 for every 8th of 80."""
+        layers = self.language_model.num_hidden_layers
+        every = self.cross_attention.every_layers or max(1, round(layers / 10))
+        return () if self.architecture == "nvlm_d" else tuple(range(every - 1, layers, every))
+
+    @property
+    def cross_attention_heads(self) -> tuple[int, int]:
+        """Query heads and key/value heads of cross-attention."""
+        own, lm = self.cross_attention, self.language_model
+        return own.num_attention_heads or lm.num_attention_heads, own.num_key_value_heads or lm.num_key_value_heads
+
+    @model_validator(mode="after")
+    def _cross_attention_fits(self) -> Model:
+        own, lm, problems = self.cross_attention, self.language_model, []
+        default = CrossAttention()
+        if self.architecture == "nvlm_d":
+            changed = [name for name in CrossAttention.model_fields if getattr(own, name) != getattr(default, name)]
+            problems += [
+                (f"cross_attention.{name}", "has no effect in nvlm_d, which has no cross-attention; remove it")
+                for name in changed
+            ]
+        else:
+            heads, groups = self.cross_attention_heads
+            if (own.every_layers or 1) > lm.num_hidden_layers:
+                problems.append(
+                    (
+                        "cross_attention.every_layers",
+                        f"is more than the {lm.num_hidden_layers} layers of the decoder, so there would be no "
+                        f"cross-attention; use at most {lm.num_hidden_layers}",
+                    )
+                )
+            if lm.hidden_size % heads:
+                problems.append(
+                    (
+                        "cross_attention.num_attention_heads",
+                        f"does not divide the decoder's hidden_size {lm.hidden_size}; use one of "
+                        + ", ".join(str(n) for n in range(1, lm.num_attention_heads + 1) if lm.hidden_size % n == 0),
+                    )
+                )
+            elif heads % groups and own.num_key_value_heads is None:
+                problems.append(
+                    (
+                        "cross_attention.num_attention_heads",
+                        f"is not a multiple of the decoder's {groups} key/value heads; give num_key_value_heads too",
+                    )
+                )
+            elif heads % groups:
+                problems.append(
+                    (
+                        "cross_attention.num_key_value_heads",
+                        f"does not divide the {heads} query heads; use one of "
+                        + ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0),
+                    )
+                )
+            if own.gate == "none" and own.gate_init != 0:
+                problems.append(("cross_attention.gate_init", "has no effect, because gate is none; remove it"))
+            if self.architecture == "nvlm_h" and own.text_reads == "tags_only":
+                problems.append(
+                    (
+                        "cross_attention.text_reads",
+                        "leaves nothing that reads in nvlm_h, whose tags are not in the sequence; use preceding_images "
+                        "or last_image",
+                    )
+                )
+            if self.architecture == "nvlm_x" and not own.thumbnail_reads_tiles:
+                problems.append(
+                    (
+                        "cross_attention.thumbnail_reads_tiles",
+                        "has no effect in nvlm_x, which has no thumbnail in its sequence; remove it",
+                    )
+                )
+        if problems:
+            raise Misfit(problems)
+        return self
 
 
 class Weights(Section):
@@ -264,10 +405,11 @@ class Tokenizer(Section):
         path=True,
         resume="free",
     )
-    template: Literal["nvlm_qwen2", "hf_nvlm"] = key(
+    template: Literal["nvlm_qwen2", "hf_nvlm", "nvlm_yi"] = key(
         "nvlm_qwen2",
         doc="nvlm_qwen2: the stream the released Megatron code trains on (tags tokenised apart, a newline after "
-        "<|im_end|>, trained). hf_nvlm: the stream of the published chat() (tags merge with their neighbours).",
+        "<|im_end|>, trained). hf_nvlm: the stream of the published chat() (tags merge with their neighbours). "
+        "nvlm_yi: nvlm_qwen2 for Yi's tokenizer (<|startoftext|> first, the thumbnail's tag <tile_global>).",
         resume="ask",
     )
     system: str | None = key(
@@ -296,6 +438,11 @@ class Tiling(Section):
         le=65535,
         resume="ask",
     )
+
+    @property
+    def tiles_of_image(self) -> int:
+        """The most tiles that one image can have, its thumbnail counted."""
+        return self.max_tiles + (1 if self.thumbnail and self.max_tiles > 1 else 0)
 
 
 class Columns(Section):
@@ -487,7 +634,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _image_fits_pack(self) -> Data:
-        tiles = self.tiling.max_tiles + (1 if self.tiling.thumbnail and self.tiling.max_tiles > 1 else 0)
+        tiles = self.tiling.tiles_of_image
         if self.pack_tiles is not None and self.pack_tiles < tiles:
             raise Misfit(
                 [
@@ -523,7 +670,8 @@ Mode = Literal["frozen", "full", "lora"]
 # What LoRA can be put on: the linear layers of each module, by the last part of their name.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "vision": ("qkv", "proj", "fc1", "fc2"),
-    "projector": ("fc1", "fc2"),
+    "projector": ("fc1", "fc2", "fc"),
+    "cross_attention": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 _NO_LORA = {
@@ -550,7 +698,7 @@ class Lora(Section):
         None,
         doc="Linear layers that get adapters, by the last part of their name: "
         + "; ".join(f"{module}: {', '.join(names)}" for module, names in LORA_TARGETS.items())
-        + ". Default: all of the module's.",
+        + ". Default: all that the module has.",
         min_length=1,
     )
 
@@ -560,6 +708,7 @@ class LoraOptions(Section):
 
     vision: Lora = key(Lora(), doc="The vision tower's adapters.")
     projector: Lora = key(Lora(), doc="The projector's adapters.")
+    cross_attention: Lora = key(Lora(), doc="The cross-attention layers' adapters.")
     language_model: Lora = key(Lora(), doc="The decoder's adapters.")
 
 
@@ -570,6 +719,7 @@ class Train(Section):
         "frozen", doc="The vision tower: frozen, as in every stage of the paper; full; or lora, adapters alone."
     )
     projector: Mode = key("full", doc="The projector: frozen, full or lora.")
+    cross_attention: Mode = key("full", doc="The cross-attention layers of nvlm_x and nvlm_h: frozen, full or lora.")
     language_model: Mode = key(
         "full", doc="The decoder: full; lora, adapters alone; or frozen, as in the paper's pretraining."
     )
@@ -586,20 +736,6 @@ class Train(Section):
         return {module: getattr(self, module) for module in LORA_TARGETS}
 
     @model_validator(mode="after")
-    def _something_is_trained(self) -> Train:
-        if set(self.modes.values()) == {"frozen"}:
-            raise Misfit(
-                [
-                    (
-                        "",
-                        "freezes every module, so nothing would be trained; set one of "
-                        + ", ".join(self.modes) + " to full or lora",
-                    )
-                ]
-            )  # fmt: skip
-        return self
-
-    @model_validator(mode="after")
     def _lora_fits(self) -> Train:
         problems = []
         for module, mode in self.modes.items():
@@ -611,9 +747,6 @@ class Train(Section):
                         f"has no effect, because train.{module} is {mode}; remove it, or set train.{module}: lora",
                     )
                 )
-            for target in options.targets or ():
-                if target not in LORA_TARGETS[module]:
-                    problems.append((f"lora.{module}.targets", _no_target(target, module)))
         if self.quantize != "none" and self.language_model == "full":
             problems.append(
                 (
@@ -627,7 +760,17 @@ class Train(Section):
         return self
 
 
-def _no_target(target: str, module: str) -> str:
+def lora_targets(model: Model, module: str) -> tuple[str, ...]:
+    """The linear layers of a module of this model, by the last part of their name."""
+    names = LORA_TARGETS[module]
+    if module == "projector":
+        return ("fc",) if model.architecture == "nvlm_x" else ("fc1", "fc2")
+    if module == "cross_attention" and not model.cross_attention.feed_forward:
+        return names[:4]
+    return names
+
+
+def _no_target(target: str, module: str, targets: tuple[str, ...]) -> str:
     """Why LoRA cannot be put on a layer of a module, and what it can be put on."""
     last = target.rsplit(".", 1)[-1]
     if last in _NO_LORA:
@@ -635,9 +778,9 @@ def _no_target(target: str, module: str) -> str:
     elif "norm" in last or last in ("ls1", "ls2"):
         why = f"names {last}, which takes no adapter: it is a vector"
     else:
-        near = difflib.get_close_matches(target, LORA_TARGETS[module], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(target, targets, n=1, cutoff=0.5)
         why = f"names {target!r}, which the {module} does not have" + (f"; did you mean {near[0]}?" if near else "")
-    return f"{why}; its linear layers are {', '.join(LORA_TARGETS[module])}"
+    return f"{why}; its linear layers are {', '.join(targets)}"
 
 
 class GlobalBatch(Section):
@@ -679,6 +822,7 @@ class ModuleLr(Section):
 
     vision: Number | None = key(None, doc="The vision tower's.", gt=0)
     projector: Number | None = key(None, doc="The projector's.", gt=0)
+    cross_attention: Number | None = key(None, doc="The cross-attention layers'.", gt=0)
     language_model: Number | None = key(None, doc="The decoder's.", gt=0)
 
 
@@ -927,6 +1071,7 @@ class Recipe(Section):
                     "every rank; use zero.stage=2, or train.quantize=none",
                 )
             )
+        problems += self._modules_misfits()
         if self.zero.stage == 0 and self.precision == "bf16":
             problems.append(
                 ("zero.stage", "has no fp32 masters for bf16 weights in DeepSpeed; use zero.stage=1 or precision=fp32")
@@ -978,6 +1123,49 @@ class Recipe(Section):
         if problems:
             raise Misfit(problems)
         return self
+
+    def _modules_misfits(self) -> list[tuple[str, str]]:
+        """What of the architecture does not fit the data or the trained modules."""
+        problems = []
+        architecture, tiling, cross = self.model.architecture, self.data.tiling, self.model.cross_attention
+        names = [name for name in self.train.modes if name != "cross_attention" or architecture != "nvlm_d"]
+        if all(self.train.modes[name] == "frozen" for name in names):
+            problems.append(
+                (
+                    "train",
+                    f"freezes every module, so nothing would be trained; set one of {', '.join(names)} to full or lora",
+                )
+            )
+        for module in names:
+            fitting = lora_targets(self.model, module)
+            for target in getattr(self.train.lora, module).targets or ():
+                if target not in fitting:
+                    problems.append((f"train.lora.{module}.targets", _no_target(target, module, fitting)))
+        if architecture == "nvlm_d":
+            for name, given in (
+                ("train.cross_attention", self.train.cross_attention != "full"),
+                ("optimizer.module_lr.cross_attention", self.optimizer.module_lr.cross_attention is not None),
+            ):
+                if given:
+                    problems.append((name, "has no effect in nvlm_d, which has no cross-attention; remove it"))
+            return problems
+        if self.data.pack_tiles is None:
+            problems.append(
+                (
+                    "data.pack_tiles",
+                    f"is not given, but tiles are not in the token count of {architecture}, so nothing else bounds "
+                    "them; give the tiles that one pack may hold",
+                )
+            )
+        if architecture == "nvlm_h" and tiling.max_tiles > 1 and not tiling.thumbnail:
+            problems.append(
+                ("data.tiling.thumbnail", "must be true in nvlm_h, whose sequence holds thumbnails; or max_tiles: 1")
+            )
+        if cross.text_reads == "tags_only" and tiling.tags == "none":
+            problems.append(
+                ("data.tiling.tags", "is none, but only tags read (model.cross_attention.text_reads); use one_d")
+            )
+        return problems
 
 
 # ------------------------------------------------------------------------------------- what can be asked of the schema

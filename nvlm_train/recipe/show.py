@@ -13,7 +13,7 @@ from typing import Any
 from nvlm_train.errors import RecipeError
 from nvlm_train.recipe.load import flatten, load_recipe
 from nvlm_train.recipe.resolve import Resolved, compare, recipe_to_dict, resolve, resume_of, run_length
-from nvlm_train.recipe.schema import LORA_TARGETS, Recipe, Section, all_keys
+from nvlm_train.recipe.schema import Recipe, Section, all_keys, lora_targets
 from nvlm_train.recipe.yaml import describe
 
 
@@ -102,8 +102,14 @@ def explain(resolved: Resolved) -> list[str]:
     for module in total:
         lr = f"{resolved.module_lr[module]:g}" if module in resolved.module_lr else "frozen"
         about = "".join(f"  {words}" for words in (adapters(recipe, module), storage(recipe, module)) if words)
-        lines.append(f"  {module:<12}{total[module]:>16,}  {trained[module]:>16,}  {lr}{about}")
-    lines.append(f"  {'all':<12}{sum(total.values()):>16,}  {sum(trained.values()):>16,}")
+        lines.append(f"  {module:<15}{total[module]:>16,}  {trained[module]:>16,}  {lr}{about}")
+    lines.append(f"  {'all':<15}{sum(total.values()):>16,}  {sum(trained.values()):>16,}")
+    places = recipe.model.cross_attention_layers
+    if places:
+        lines.append(
+            f"  cross-attention at {len(places)} of {recipe.model.language_model.num_hidden_layers} decoder layers, "
+            "counted from 1: " + ", ".join(str(place + 1) for place in places)
+        )
     lines += [
         "",
         f"batch on {batch.world_size} rank{'s' * (batch.world_size > 1)}",
@@ -149,7 +155,7 @@ def adapters(recipe: Recipe, module: str) -> str:
         return ""
     options = getattr(recipe.train.lora, module)
     drop = f", dropout {options.dropout:g}" if options.dropout else ""
-    names = ", ".join(options.targets or LORA_TARGETS[module])
+    names = ", ".join(options.targets or lora_targets(recipe.model, module))
     return f"lora rank {options.rank}, alpha {options.alpha:g}{drop} on {names}"
 
 
@@ -188,7 +194,10 @@ def _most_tiles(resolved: Resolved) -> int:
     recipe = resolved.recipe
     tiling, vision = recipe.data.tiling, recipe.model.vision
     per_tile = (vision.image_size // vision.patch_size) ** 2 // 4
-    tiles = tiling.max_tiles + (1 if tiling.thumbnail and tiling.max_tiles > 1 else 0)
+    tiles = tiling.tiles_of_image
+    if recipe.model.architecture != "nvlm_d":  # tiles are not among the tokens
+        most = resolved.batch.max_packs * (recipe.data.pack_tiles or 0)
+        return most if resolved.batch.samples is None else min(resolved.batch.samples * tiles, most)
     if resolved.batch.samples is None:
         packs = resolved.batch.max_packs
         return packs * min(recipe.data.pack_tiles or recipe.data.pack_tokens, recipe.data.pack_tokens // per_tile)

@@ -138,7 +138,11 @@ def first_screen(
             f"{_bytes(total)} predicted per rank",
             ", ".join(f"{kind} {_bytes(size)}" for kind, size in memory.items() if size),
         ],
-        "kernels": [f"{op}: {name} ({reason})" for op, (name, reason) in kernels.items()],
+        "kernels": [
+            f"{op}: {name} ({reason})"
+            for op, (name, reason) in kernels.items()
+            if op != "cross_attention" or recipe.model.architecture != "nvlm_d"
+        ],
         "run": f"{start.run}, " + (f"resumed from {start.checkpoint}" if start.checkpoint else "from the beginning"),
     }
     if start.changes:

@@ -22,7 +22,7 @@ from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, para
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
 from nvlm_train.model import lora
 from nvlm_train.model.dropout import Draws
-from nvlm_train.model.nvlm import NvlmD
+from nvlm_train.model.nvlm import class_of
 from nvlm_train.model.pretrained import (
     Account,
     Weights,
@@ -283,12 +283,12 @@ def account_for_weights(recipe: Recipe, weights: Weights) -> Account:
 
     A module may be new as a whole, but not where it is frozen: it would stay as random as it began.
     """
-    expected = expected_shapes(recipe.model)
-    found = account(expected, _without_adapters(weights), ("projector.", "vision_model.", "language_model."))
+    modules = ("projector.", "cross_attention.", "vision_model.", "language_model.")
+    found = account(expected_shapes(recipe.model), _without_adapters(weights), modules)
     new = {module_of(name) for name in found.initialised}
     for module in sorted(new):
         if recipe.train.modes[module] != "full":
-            key = "run" if module == "projector" else module
+            key = "run" if module in ("projector", "cross_attention") else module
             raise CheckpointError(
                 f"train.{module} is {recipe.train.modes[module]!r}, but nothing gives it weights, so it would stay "
                 f"random; name them in init_from.{key}, or train it"
@@ -333,7 +333,7 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
         tower = _frozen_tower(recipe, weights, dtype, world.device)
     four_bits = recipe.train.quantize == "nf4"
     with torch.device("meta") if four_bits else zero.partitioned_at_birth(resolved.deepspeed):
-        model = NvlmD(
+        model = class_of(recipe.model)(
             recipe.model,
             with_vision=tower is None,
             activation_checkpointing=recipe.activation_checkpointing,

@@ -48,9 +48,14 @@ def build(path: Path, settings: IndexSettings, max_bad_share: float = 0.5) -> So
     return open_index(opened, settings, path.parent / "index", max_bad_share=max_bad_share, rank=0)
 
 
-@pytest.mark.parametrize("template", ["nvlm_qwen2", "hf_nvlm"])
-def test_rows_equal_rendered_samples(tmp_path: Path, tokenizer: ChatTokenizer, template: str) -> None:
-    settings = settings_with(tokenizer, template=template)
+@pytest.mark.parametrize(
+    ("template", "architecture"),
+    [("nvlm_qwen2", "nvlm_d"), ("hf_nvlm", "nvlm_d"), ("nvlm_qwen2", "nvlm_x"), ("hf_nvlm", "nvlm_h")],
+)
+def test_rows_equal_rendered_samples(
+    tmp_path: Path, tokenizer: ChatTokenizer, template: str, architecture: str
+) -> None:
+    settings = settings_with(tokenizer, template=template, architecture=architecture)
     path = write_image_rows(tmp_path / "a.jsonl", 20)
     with path.open("ab") as file:
         file.write(write_text_rows(tmp_path / "b.jsonl", 20).read_bytes())
@@ -61,7 +66,9 @@ def test_rows_equal_rendered_samples(tmp_path: Path, tokenizer: ChatTokenizer, t
         sample = opened.sample(row)
         sizes = [index.image_size(image.read()) for image in sample.images]
         tiles = [tiling.num_tiles(w, h, int(row["max_tiles"]), TILE, True) for w, h in sizes]
-        rendered = chat.render(sample.messages, tiles, tokenizer, template, Tiling(), IMAGE_TOKENS, None)
+        rendered = chat.render(
+            sample.messages, tiles, tokenizer, template, Tiling(), IMAGE_TOKENS, None, architecture=architecture
+        )
         assert len(rendered.input_ids) == row["tokens"]
         assert int((rendered.labels != IGNORE_INDEX).sum()) == row["trained"]
         assert len(rendered.tile_starts) == row["tiles"]
@@ -204,21 +211,23 @@ def test_reused_only_while_nothing_changed(
         {"image_tokens_per_tile": 16},
         {"max_tokens": 199},
         {"overlong": "drop"},
+        {"architecture": "nvlm_x"},
+        {"architecture": "nvlm_h"},
     ]
-    assert [built(**change) for change in changes] == list(range(3, 12))
+    assert [built(**change) for change in changes] == list(range(3, 14))
     (tmp_path / "other").mkdir()
     other = write_tokenizer(tmp_path / "other")
     spec = other / "tokenizer.json"
     spec.write_text(spec.read_text() + " ")
     build(path, settings_with(load_tokenizer(other)))
-    assert len(builds) == 12
-    assert built() == 12
+    assert len(builds) == 14
+    assert built() == 14
     # a file larger than is read whole is known by its time and its ends
     monkeypatch.setattr(source, "_WHOLE_BYTES", 10)
     monkeypatch.setattr(source, "_END_BYTES", 5)
-    assert [built(), built()] == [13, 13]
+    assert [built(), built()] == [15, 15]
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert built() == 14
+    assert built() == 16
 
 
 def test_a_repaired_image_is_seen_after_a_refusal(tmp_path: Path, tokenizer: ChatTokenizer) -> None:

@@ -62,6 +62,8 @@ def digest(batch: Batch) -> str:
     tensors = (batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens, batch.tiles, batch.image_slots)
     parts = [repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes() for tensor in tensors]
     rest = (batch.max_seqlen, batch.num_trained_tokens, batch.num_tile_chunks, batch.samples, batch.tile_hashes)
+    if batch.memory is not None:
+        rest += tuple(v.tolist() if isinstance(v, torch.Tensor) else v for v in vars(batch.memory).values())
     return hashlib.sha256(b"".join(parts) + repr(rest).encode()).hexdigest()
 
 
@@ -81,6 +83,18 @@ def reference(folder: Path) -> list[tuple[Any, ...]]:
     plan = plan_of(folder, data__loader="inprocess", data__num_threads=1)
     with StepLoader(plan, start_step=0, end_step=STEPS) as steps:
         return stream(steps)
+
+
+def test_what_cross_attention_reads_arrives_as_it_was_laid_out(folder: Path) -> None:
+    found = []
+    for loader in ("inprocess", "process"):
+        plan = plan_of(folder, data__loader=loader, data__pack_tiles=16, model__architecture="nvlm_h")
+        with StepLoader(plan, start_step=0, end_step=1) as loaded:
+            (step,) = loaded
+        assert any(batch.memory is not None and batch.memory.max_queries for batch in step.micro_batches)
+        assert all(batch.memory is not None and len(batch.tiles) <= 16 for batch in step.micro_batches)
+        found.append([digest(batch) for batch in step.micro_batches])
+    assert found[0] == found[1]
 
 
 def children() -> set[int]:

@@ -370,6 +370,33 @@ def test_preview_of_a_step_as_text(good: str, capsys: pytest.CaptureFixture[str]
     assert re.search(r"<\|im_start\|>assistant\\n«\w+<\|im_end\|>\\n»$", out, re.MULTILINE)
 
 
+def test_preview_says_who_reads_which_tile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """nvlm_x: tags in the stream, no image tokens. nvlm_h: the thumbnail's alone. The counts are of such a stream."""
+    names = [write_image(tmp_path / "data" / "wide.png", 40, 9)]  # 4 x 1 tiles and a thumbnail
+    source = write_rows(tmp_path / "data" / "a.jsonl", [{"images": names, "messages": turns("what", "yes")}] * 3)
+    found = {}
+    for architecture in ("nvlm_d", "nvlm_x", "nvlm_h"):
+        changes = {} if architecture == "nvlm_d" else {"model__architecture": architecture, "data__pack_tiles": 12}
+        recipe = write_recipe(tmp_path, {"a": {"path": str(source)}}, **changes)
+        code, out, _ = run(capsys, "preview", recipe, "--source", "a", "--samples", "1")
+        assert code == 0
+        found[architecture] = out
+        code, out, _ = run(capsys, "preview", recipe, "--source", "a", "--samples", "1", "--json")
+        (one,) = json.loads(out)["samples"]
+        assert one["tokens"] == sum(len(token["ids"]) for token in one["stream"])
+        placeholders = sum(token["kind"] == "tile" for token in one["stream"])
+        assert placeholders == {"nvlm_d": 5, "nvlm_x": 0, "nvlm_h": 1}[architecture]
+        assert len(one["reads"]) == {"nvlm_d": 0, "nvlm_x": 6, "nvlm_h": 1}[architecture]
+        code, out, _ = run(capsys, "stats", recipe, "--json")
+        (row,) = json.loads(out)["sources"].values()
+        assert code == 0 and row["tokens"] == 3 * one["tokens"] and row["tiles"] == 3 * 5
+    assert not re.search("^  reads", found["nvlm_d"], re.MULTILINE) and "[tile 5: 4 image tokens]" in found["nvlm_d"]
+    assert "image tokens]" not in found["nvlm_x"] and "<tile_global_thumbnail>" in found["nvlm_x"]
+    assert re.search(r"^  reads +tokens \d+ to \d+: tile 1$", found["nvlm_x"], re.MULTILINE)
+    assert re.search(r"^ +tokens \d+ to \d+: tiles 1 to 5$", found["nvlm_x"], re.MULTILINE)
+    assert "[tile 5: 4 image tokens]" in found["nvlm_h"] and "<tile_1>" not in found["nvlm_h"]
+
+
 def test_preview_of_one_row(good: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "preview", good, "--source", "pictures", "--row", "3", "--json")
     (one,) = json.loads(out)["samples"]

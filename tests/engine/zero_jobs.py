@@ -9,13 +9,13 @@ import torch
 import torch.distributed
 
 from nvlm_train import checkpoint
-from nvlm_train.batch import Batch
+from nvlm_train.batch import Batch, Memory
 from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
 from nvlm_train.engine.launch import resolve_launch
 from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
-from nvlm_train.model.nvlm import NvlmD, encode_tiles
-from nvlm_train.model.vision import InternVit
+from nvlm_train.model.nvlm import class_of
+from nvlm_train.model.vision import InternVit, encode_tiles
 from nvlm_train.recipe import schema
 from tiny import IMAGE_TOKENS, make_batch, model_config, null_batch, seeded_value
 
@@ -52,12 +52,14 @@ def start(
     tiles_per_chunk: int = 2,
     lr: float = 1e-2,
     seed: int = 3,
+    architecture: str = "nvlm_d",
+    gate: float = 0.5,
     **zero_keys: Any,
 ) -> tuple[zero.Engine, InternVit | None, dist.World]:
     world = dist.start(resolve_launch(), timeout_s=240)
     modes = schema.Train.model_validate(train or {})
     dtype = DTYPES[precision]
-    config = model_config(tie_word_embeddings=tied)
+    config = model_config(architecture, tie_word_embeddings=tied)
     tower = None
     if modes.vision == "frozen":
         tower = InternVit(config.vision)
@@ -67,7 +69,7 @@ def start(
         tower = tower.to(dtype).requires_grad_(False)
     settings = deepspeed_dict(stage, precision, clip, **zero_keys)
     with zero.partitioned_at_birth(settings):
-        model = NvlmD(
+        model = class_of(config)(
             config, with_vision=tower is None, activation_checkpointing=checkpointing, tiles_per_chunk=tiles_per_chunk
         )
     slice_of, write = zero.write_slice(world)
@@ -75,17 +77,22 @@ def start(
         model.to(dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(getattr(modes, module_of(name)) == "full")
-        value = seeded_value(name, tuple(full_shape(parameter)), seed)
+        value = seeded_value(name, tuple(full_shape(parameter)), seed, gate)
         part = slice_of(parameter)
         write(parameter, value if part is None else value.flatten()[part[0] : part[1]])
     optimizer = schema.Optimizer(lr=lr, weight_decay=0.1, betas=[0.9, 0.95])
-    rates = {"vision": lr, "projector": lr * 2, "language_model": lr}
+    rates = {"vision": lr, "projector": lr * 2, "cross_attention": lr * 3, "language_model": lr}
     groups = parameter_groups(model.named_parameters(), optimizer, rates)
     return zero.build(model, build_optimizer(groups, optimizer, "cpu"), settings, world), tower, world
 
 
 def deal(
-    samples: list[tuple[int, int]], seed: int, packs: int, world_size: int, tiles_per_chunk: int
+    samples: list[tuple[int, int]],
+    seed: int,
+    packs: int,
+    world_size: int,
+    tiles_per_chunk: int,
+    architecture: str = "nvlm_d",
 ) -> list[list[Any]]:
     """[micro_step][rank] -> Batch: sample i in pack i % packs, pack p in micro-step p // world_size."""
     made = []
@@ -99,9 +106,11 @@ def deal(
         chunks = max(-(-sum(t for _, t in s) // tiles_per_chunk) if s else 0 for s in row_samples)
         table.append(
             [
-                null_batch(chunks)
+                null_batch(chunks, architecture)
                 if s is None
-                else make_batch(s, seed * 100 + micro * world_size + r, num_tile_chunks=chunks)
+                else make_batch(
+                    s, seed * 100 + micro * world_size + r, num_tile_chunks=chunks, architecture=architecture
+                )
                 for r, s in enumerate(row_samples)
             ]
         )
@@ -116,16 +125,19 @@ def train_steps(
     gradients_of: tuple[int, ...] = (),
     tiles_per_chunk: int = 2,
     precision: str = "fp32",
+    architecture: str = "nvlm_d",
     **options: Any,
 ) -> dict[str, Any]:
     """Trains on `steps`, each {"samples": [(text, tiles)], "seed": n, "packs": p}.
 
     Returns losses, gradient norms, gradients of the steps asked for, and the final parameters (rank 0; others None).
     """
-    engine, tower, world = start(precision=precision, tiles_per_chunk=tiles_per_chunk, **options)
+    engine, tower, world = start(
+        precision=precision, tiles_per_chunk=tiles_per_chunk, architecture=architecture, **options
+    )
     out: dict[str, Any] = {"losses": [], "norms": [], "gradients": {}}
     for number, step in enumerate(steps):
-        table = deal(step["samples"], step["seed"], step["packs"], world_size, tiles_per_chunk)
+        table = deal(step["samples"], step["seed"], step["packs"], world_size, tiles_per_chunk, architecture)
         total = sum(batch.num_trained_tokens for row in table for batch in row)
         loss_sum = 0.0
         for micro, row in enumerate(table):
@@ -162,21 +174,28 @@ def full_state(engine: zero.Engine, world: dist.World) -> dict[str, dict[str, to
 
 
 def same_samples(
-    *, rank: int, world_size: int, samples: list[tuple[int, int]], packs: int, steps: int, stage: int = 3
+    *,
+    rank: int,
+    world_size: int,
+    samples: list[tuple[int, int]],
+    packs: int,
+    steps: int,
+    stage: int = 3,
+    architecture: str = "nvlm_d",
 ) -> dict[str, Any]:
     """Trains on the very same samples, dealt into `packs` packs, so that different deals can be compared."""
-    engine, tower, world = start(stage=stage)
+    engine, tower, world = start(stage=stage, architecture=architecture)
     out: dict[str, Any] = {"losses": []}
     for number in range(steps):
         # each sample a pack of its own, then packs joined: content depends on the sample's number alone
-        singles = [make_batch([s], 5000 * (number + 1) + i) for i, s in enumerate(samples)]
+        singles = [make_batch([s], 5000 * (number + 1) + i, architecture=architecture) for i, s in enumerate(samples)]
         joined = [join([singles[i] for i in range(p, len(samples), packs)]) for p in range(packs)]
         micro_steps = -(-packs // world_size)
         total = sum(batch.num_trained_tokens for batch in joined)
         loss_sum = 0.0
         for micro in range(micro_steps):
             pack = micro * world_size + rank
-            batch = joined[pack] if pack < packs else null_batch()
+            batch = joined[pack] if pack < packs else null_batch(0, architecture)
             features = encode_tiles(tower, batch.tiles, torch.float32)
             loss = zero.forward(engine, batch, features, last=micro == micro_steps - 1)
             zero.backward(engine, loss, total)
@@ -208,6 +227,42 @@ def join(batches: list[Batch]) -> Batch:
         tiles=torch.cat([b.tiles for b in batches]),
         image_slots=torch.cat(slots, 1),
         num_trained_tokens=sum(b.num_trained_tokens for b in batches),
+        memory=_join_memory(batches),
+    )
+
+
+def _join_memory(batches: list[Batch]) -> Memory | None:
+    parts: dict[str, list[torch.Tensor]] = {}
+    tokens = rows = image_tokens = 0
+    counts: list[int] = []
+    for b in batches:
+        if b.memory is None:
+            return None
+        counts += [b.memory.max_queries, b.memory.max_rows]
+        for name, value in (
+            ("ids", b.memory.ids),
+            ("slots", torch.where(b.memory.slots >= 0, b.memory.slots + image_tokens, b.memory.slots)),
+            ("query_rows", b.memory.query_rows + tokens),
+            ("queries", b.memory.cu_queries.diff()),
+            ("rows", b.memory.rows + rows),
+            ("lengths", b.memory.cu_rows.diff()),
+        ):
+            parts.setdefault(name, []).append(value)
+        tokens += b.input_ids.numel()
+        image_tokens += len(b.tiles) * IMAGE_TOKENS
+        rows += len(b.memory.ids) or len(b.tiles) * IMAGE_TOKENS  # nvlm_x: all image tokens
+        if len(b.memory.ids) == 0 and (b.image_slots >= 0).any():  # nvlm_h, an image of one tile
+            rows -= len(b.tiles) * IMAGE_TOKENS
+    joined = {name: torch.cat(value) for name, value in parts.items()}
+    return Memory(
+        ids=joined["ids"],
+        slots=joined["slots"],
+        query_rows=joined["query_rows"],
+        cu_queries=torch.tensor([0, *joined["queries"].cumsum(0).tolist()], dtype=torch.int32),
+        rows=joined["rows"],
+        cu_rows=torch.tensor([0, *joined["lengths"].cumsum(0).tolist()], dtype=torch.int32),
+        max_queries=max(counts[::2]),
+        max_rows=max(counts[1::2]),
     )
 
 

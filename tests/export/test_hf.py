@@ -288,3 +288,22 @@ def test_export_command_verifies_and_reports(
 
     with pytest.raises(CheckpointError, match="not an empty folder"):
         hf.export_command(args)
+
+
+def test_what_the_exported_code_does_not_know_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    recipe = make_recipe(
+        tokenizer_folder,
+        **{"model.language_model.model_type": "llama", "model.vision.norm_type": "layer_norm"},
+        **{"tokenizer.template": "nvlm_yi", "model.architecture": "nvlm_x", "model.projector": {"norm": "none"}},
+    )
+    with pytest.raises(CheckpointError) as caught:
+        hf.export(random_weights(recipe), recipe, tmp_path / "out")
+    for part in (
+        "language_model.model_type 'llama'",
+        "norm_type 'layer_norm'",
+        "template 'nvlm_yi'",
+        "nvlm_x",
+        "norm 'none'",
+    ):
+        assert part in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -106,10 +106,10 @@ def test_length_classes() -> None:
 
 
 def test_auto_on_the_cpu_is_torch_with_the_reason() -> None:
-    assert kernels.select("auto", "cpu") == {
-        "attention": ("torch", "plain PyTorch; not varlen: runs on cuda only, this is cpu")
-    }
-    assert kernels.select("torch", "cpu") == {"attention": ("torch", "plain PyTorch; asked for")}
+    reason = "plain PyTorch; not varlen: runs on cuda only, this is cpu"
+    assert kernels.select("auto", "cpu") == {"attention": ("torch", reason), "cross_attention": ("torch", reason)}
+    asked = ("torch", "plain PyTorch; asked for")
+    assert kernels.select("torch", "cpu") == {"attention": asked, "cross_attention": asked}
     assert kernels.select("torch", "cuda")["attention"][0] == "torch"
     assert kernels.load("attention", "torch") is attention.torch_attention
 
@@ -179,6 +179,90 @@ def test_varlen_is_called_after_its_signature(signature: str, causal: bool, monk
         assert attention.varlen_attention(*odd, cu_seqlens, longest, causal).shape == odd[0].shape and not seen
     finally:
         attention._varlen_options.cache_clear()
+
+
+RUNS = {
+    "tags and text": ([2, 2, 3, 7], [4, 4, 4, 12]),
+    "one run": ([5], [8]),
+    "one token, one row": ([1, 1], [1, 6]),
+    "none": ([], []),
+}
+
+
+def cross_inputs(runs: tuple[list[int], list[int]], heads: int, groups: int, head_size: int) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(6)
+    queries, rows = runs
+    q, k, v = (
+        torch.randn(sum(lengths), n, head_size, generator=generator)
+        for lengths, n in ((queries, heads), (rows, groups), (rows, groups))
+    )
+    bounds = [torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32) for n in runs]
+    return (q, k, v, *bounds, max(queries, default=0), max(rows, default=0))
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS.keys())
+def test_cross_attention_equals_a_dense_mask(runs: tuple[list[int], list[int]], groups: int) -> None:
+    """And its gradients; without runs they are zero, not missing."""
+    q, k, v, cu_q, cu_k, *longest = cross_inputs(runs, 4, groups, 6)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attention.torch_cross_attention(q, k, v, cu_q, cu_k, *longest)
+    assert out.shape == q.shape
+    run_of_token, run_of_row = (
+        torch.arange(len(n)).repeat_interleave(torch.tensor(n, dtype=torch.int64)) for n in runs
+    )
+    wide = [x.repeat_interleave(4 // groups, dim=1).transpose(0, 1) for x in (k, v)]
+    scores = q.transpose(0, 1) @ wide[0].transpose(1, 2) / 6**0.5
+    scores = scores.masked_fill(run_of_token[:, None] != run_of_row, float("-inf"))
+    expected = (scores.softmax(-1) @ wide[1]).transpose(0, 1)
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)  # worst seen 4.8e-7
+    ours, theirs = (torch.autograd.grad(x.square().sum(), leaves) for x in (out, expected))
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-5)  # worst seen 9.5e-7
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_varlen_cross_attention_is_called_after_its_signature(signature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def stand_in(q: Tensor, k: Tensor, v: Tensor, *sizes: Any, **options: Any) -> Tensor:
+        calls.append(options)
+        assert options.get("window_size", (-1, -1)) == (-1, -1) and not options.get("is_causal", False)
+        assert q.shape[1] == k.shape[1] or options.get("enable_gqa")
+        return attention.torch_cross_attention(q, k, v, *sizes)
+
+    scope: dict[str, Any] = {}
+    exec(SIGNATURES[signature], scope)
+    stand_in.__wrapped__ = scope["varlen_attn"]  # type: ignore[attr-defined]  # inspect.signature follows it
+    module = types.ModuleType("torch.nn.attention.varlen")
+    module.varlen_attn = stand_in  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    attention._varlen_options.cache_clear()
+    try:
+        for runs in RUNS.values():
+            q, k, v, *where = cross_inputs(runs, 4, 2, 8)
+            q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+            out = attention.varlen_cross_attention(q, k, v, *where)
+            assert torch.equal(out, attention.torch_cross_attention(q, k, v, *where))
+        assert len(calls) == 3  # without runs nothing is launched
+        assert all(("enable_gqa" in options) == (signature == "gqa") for options in calls)
+        attention.varlen_cross_attention(*cross_inputs(RUNS["one run"], 4, 2, 8))  # fp32 goes to torch
+        assert len(calls) == 3
+    finally:
+        attention._varlen_options.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS.keys())
+def test_varlen_cross_attention_equals_torch_on_a_gpu(runs: tuple[list[int], list[int]]) -> None:
+    q, k, v, cu_q, cu_k, *longest = cross_inputs(runs, 4, 2, 64)
+    leaves = [x.bfloat16().cuda().requires_grad_() for x in (q, k, v)]
+    results = []
+    for function in (attention.varlen_cross_attention, attention.torch_cross_attention):
+        out = function(*leaves, cu_q.cuda(), cu_k.cuda(), *longest)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).float().norm() <= 2e-2 * theirs.float().norm()  # bf16
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,4 +1,4 @@
-"""The decoder against transformers' own Qwen2ForCausalLM, and its loss against plain cross-entropy."""
+"""The decoder against transformers' own Qwen2ForCausalLM and LlamaForCausalLM, its loss against cross-entropy."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ CASES = {
     "no gqa": {"num_key_value_heads": 4, "rope_theta": 5e6},
     "one kv head": {"hidden_size": 30, "num_attention_heads": 5, "num_key_value_heads": 1, "rms_norm_eps": 1e-5},
     "tied": {"tie_word_embeddings": True, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "llama": {"model_type": "llama", "rope_theta": 5e6, "rms_norm_eps": 1e-5, "num_key_value_heads": 1},
+    "llama, tied": {"model_type": "llama", "tie_word_embeddings": True, "hidden_size": 40, "num_attention_heads": 2},
     "deep, wide heads": {"num_hidden_layers": 6, "hidden_size": 80, "num_attention_heads": 2, "num_key_value_heads": 1},
 }
 
 
 def reference(config: schema.LanguageModel) -> torch.nn.Module:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.Qwen2Config(
+    llama = config.model_type == "llama"
+    theirs = (transformers.LlamaConfig if llama else transformers.Qwen2Config)(
         **{key: getattr(config, key) for key in LANGUAGE_MODEL},
         rms_norm_eps=config.rms_norm_eps,
         tie_word_embeddings=config.tie_word_embeddings,
@@ -44,7 +47,7 @@ def reference(config: schema.LanguageModel) -> torch.nn.Module:
         max_position_embeddings=config.max_position_embeddings,
         attn_implementation="eager",
     )
-    return transformers.Qwen2ForCausalLM(theirs)
+    return (transformers.LlamaForCausalLM if llama else transformers.Qwen2ForCausalLM)(theirs)
 
 
 def pair(scale: float = 3.0, **sizes: object) -> tuple[LanguageModel, torch.nn.Module]:
@@ -80,9 +83,11 @@ def test_logits_loss_and_every_gradient_equal_transformers(sizes: dict[str, obje
     at_most(worst(gradients(ours), gradients(theirs)), 5e-6, "gradients")  # worst seen 2.2e-6
 
 
-def test_a_norm_or_bias_that_is_left_out_would_show() -> None:
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_a_norm_or_bias_that_is_left_out_would_show(model_type: str) -> None:
     """The parity test has power: each kind of weight changes the logits by far more than its tolerance."""
-    ours, theirs = pair()
+    ours, theirs = pair(model_type=model_type)
+    assert any("bias" in name for name in ours.state_dict()) == (model_type == "qwen2")
     batch = pack([[(23, 0)]])
     expected = theirs(input_ids=batch.input_ids).logits
     for name, parameter in ours.named_parameters():

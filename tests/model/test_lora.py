@@ -13,27 +13,33 @@ from nvlm_train.checkpoint import merged
 from nvlm_train.model import lora
 from nvlm_train.model.dropout import Draws, Dropout
 from nvlm_train.model.flops import trainable_parameters
-from nvlm_train.model.nvlm import NvlmD
+from nvlm_train.model.nvlm import Nvlm, NvlmD, class_of
 from nvlm_train.recipe import schema
 from tiny import make_batch, model_config, seeded_model, seeded_value
 
 sys.path.insert(0, str(TESTS / "engine"))
 from zero_jobs import join  # imports no deepspeed by itself
 
-MODULES = ("vision", "projector", "language_model")
+MODULES = ("vision", "projector", "cross_attention", "language_model")
+ARCHITECTURES = ("nvlm_d", "nvlm_x", "nvlm_h")
+SAMPLES = [(9, 1), (7, 2), (5, 0)]
 
 
-def options(dropout: float = 0.3) -> schema.Train:
-    ranks = dict(zip(MODULES, (2, 5, 3), strict=True))
-    return schema.Train.model_validate(
-        dict.fromkeys(MODULES, "lora")
-        | {"lora": {m: {"rank": r, "alpha": 7, "dropout": dropout} for m, r in ranks.items()}}
-    )
+def options(dropout: float = 0.3, architecture: str = "nvlm_d") -> schema.Train:
+    """LoRA on every module of the architecture."""
+    ranks = dict(zip(MODULES, (2, 5, 4, 3), strict=True))
+    if architecture == "nvlm_d":
+        del ranks["cross_attention"]
+    settings = {module: {"rank": rank, "alpha": 7, "dropout": dropout} for module, rank in ranks.items()}
+    return schema.Train.model_validate({**dict.fromkeys(ranks, "lora"), "lora": settings})
 
 
-def adapted(train: schema.Train, mode: str = "none", zero_b: bool = False) -> tuple[NvlmD, Draws | None]:
-    model = NvlmD(model_config(), activation_checkpointing=mode, tiles_per_chunk=2)
-    draws = lora.add_adapters(model, model_config(), train)
+def adapted(
+    train: schema.Train, mode: str = "none", zero_b: bool = False, architecture: str = "nvlm_d"
+) -> tuple[Nvlm, Draws | None]:
+    config = model_config(architecture)
+    model = class_of(config)(config, activation_checkpointing=mode, tiles_per_chunk=2)
+    draws = lora.add_adapters(model, config, train)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = seeded_value(lora.base_name(name), tuple(parameter.shape), 3)
@@ -44,24 +50,25 @@ def adapted(train: schema.Train, mode: str = "none", zero_b: bool = False) -> tu
     return model, draws
 
 
-def gradients(model: NvlmD, batch: Any) -> dict[str, torch.Tensor]:
+def gradients(model: Nvlm, batch: Any) -> dict[str, torch.Tensor]:
     model(batch).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_adapters_stand_where_they_are_counted_and_begin_as_nothing() -> None:
-    train = options(0.0)
-    model, draws = adapted(train, zero_b=True)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_adapters_stand_where_they_are_counted_and_begin_as_nothing(architecture: str) -> None:
+    train, config = options(0.0, architecture), model_config(architecture)
+    model, draws = adapted(train, zero_b=True, architecture=architecture)
     assert draws is None
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if lora.is_adapter(name)}
-    assert shapes == lora.adapter_shapes(model_config(), train)
-    counted = sum(trainable_parameters(model_config(), train).values())
+    assert shapes == lora.adapter_shapes(config, train)
+    counted = sum(trainable_parameters(config, train).values())
     assert counted == sum(torch.Size(shape).numel() for shape in shapes.values())
-    plain = seeded_model(model_config())
+    plain = seeded_model(config)
     assert {lora.base_name(n) for n, _ in model.named_parameters() if not lora.is_adapter(n)} == {
         name for name, _ in plain.named_parameters()
     }
-    batch = make_batch([(9, 1), (7, 2), (5, 0)], 1)
+    batch = make_batch(SAMPLES, 1, architecture=architecture)
     assert torch.equal(model(batch), plain(batch)), "B is zero: nothing may differ"
 
 
@@ -87,24 +94,29 @@ def test_merged_weights_are_the_adapted_model() -> None:
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_recompute_drops_the_same_values(mode: str) -> None:
-    """Every gradient bit for bit, of tower, projector and decoder, with dropout on and several chunks of tiles."""
-    batch = make_batch([(9, 1), (7, 2), (5, 0)], 1)
-    expected, found = (gradients(adapted(options(), m)[0], batch) for m in ("none", mode))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_recompute_drops_the_same_values(mode: str, architecture: str) -> None:
+    """Every gradient bit for bit, of each module, with dropout on and several chunks of tiles."""
+    batch = make_batch(SAMPLES, 1, architecture=architecture)
+    expected, found = (
+        gradients(adapted(options(0.3, architecture), m, False, architecture)[0], batch) for m in ("none", mode)
+    )
     assert set(expected) == set(found) and all(lora.is_adapter(name) for name in found)
     for name, gradient in expected.items():
         assert gradient.any() and torch.equal(found[name], gradient), name
 
 
-def test_dropout_follows_the_sample_and_changes_with_the_step() -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dropout_follows_the_sample_and_changes_with_the_step(architecture: str) -> None:
     """Samples in one pack, in packs of their own, in another order: the same sum of gradients; in another step not."""
-    samples = [make_batch([sample], 7 + number) for number, sample in enumerate([(9, 1), (7, 2), (6, 0)])]
-    together = gradients(adapted(options())[0], join(samples))
-    backwards = gradients(adapted(options())[0], join(samples[::-1]))
-    model, _ = adapted(options())
+    kinds = enumerate([(9, 1), (7, 2), (6, 0)])
+    samples = [make_batch([sample], 7 + number, architecture=architecture) for number, sample in kinds]
+    together = gradients(adapted(options(0.3, architecture), architecture=architecture)[0], join(samples))
+    backwards = gradients(adapted(options(0.3, architecture), architecture=architecture)[0], join(samples[::-1]))
+    model, _ = adapted(options(0.3, architecture), architecture=architecture)
     for sample in samples:
         alone = gradients(model, sample)
-    model, draws = adapted(options())
+    model, draws = adapted(options(0.3, architecture), architecture=architecture)
     assert draws is not None
     draws.start_step(1, 1)
     later = gradients(model, join(samples))

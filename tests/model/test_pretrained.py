@@ -224,9 +224,9 @@ def test_every_difference_between_config_and_recipe_is_listed(vision_folder: Pat
     for part in (
         "hidden_size is 99, but the recipe's model.vision.hidden_size is 24",
         "num_hidden_layers is missing, but the recipe's model.vision.num_hidden_layers is 2",
-        "norm_type is 'layer_norm', but the architecture needs 'rms_norm'",
-        "qkv_bias is True, but the architecture needs False",
-        "qk_normalization is False, but the architecture needs True",
+        "norm_type is 'layer_norm', but the recipe's model.vision.norm_type is 'rms_norm'",
+        "qkv_bias is True, but the recipe's model.vision.qkv_bias is False",
+        "qk_normalization is False, but the recipe's model.vision.qk_normalization is True",
         "hidden_act is 'silu', but the architecture needs 'gelu'",
         "image_size is 448, but the recipe's model.vision.image_size is 28",
         "layer_norm_eps is 1e-05, but the recipe's model.vision.layer_norm_eps is 1e-06",
@@ -241,7 +241,7 @@ def test_every_difference_between_config_and_recipe_is_listed(vision_folder: Pat
         "vocab_size is 68, but the recipe's model.language_model.vocab_size is 67",
         "rope_theta is 10000, but the recipe's model.language_model.rope_theta is 1000000.0",
         "tie_word_embeddings is True, but the recipe's model.language_model.tie_word_embeddings is False",
-        "model_type is 'llama', but the architecture needs 'qwen2'",
+        "model_type is 'llama', but the recipe's model.language_model.model_type is 'qwen2'",
         "hidden_act is 'gelu', but the architecture needs 'silu'",
         "num_key_value_heads is 4, but",
         "use_sliding_window is True, but",
@@ -249,6 +249,59 @@ def test_every_difference_between_config_and_recipe_is_listed(vision_folder: Pat
         "rope_scaling.type is 'dynamic', but the architecture needs 'default'",
     ):
         assert f"{lm_folder}/config.json: {part}" in message
+
+
+def test_folders_of_the_other_backbones(tmp_path: Path) -> None:
+    """A Llama decoder and a tower of the 300M kind come back tensor by tensor; Llama's biases are refused."""
+    config = make_config(
+        {"norm_type": "layer_norm", "qk_normalization": False, "qkv_bias": True},
+        model_type="llama", rope_theta=5e6, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    vision = write_internvit_folder(tmp_path / "v", config.vision, seed=1)
+    lm = write_qwen2_folder(tmp_path / "l", config.language_model, seed=2, num_shards=2)
+    weights = merge(open_vision_folder(vision, config.vision), open_language_model_folder(lm, config.language_model))
+    found = account(expected_shapes(config), weights)
+    assert found.initialised == [
+        "projector.fc1.weight",
+        "projector.fc2.weight",
+        "projector.norm.bias",
+        "projector.norm.weight",
+    ]
+    assert "vision_model.encoder.layers.1.attn.qkv.bias" in found.loaded
+    assert not any("q_norm" in name or "q_proj.bias" in name for name in found.loaded)
+    again = NvlmD(config)
+    load_into(again, weights, config, seed=0)
+    for name, parameter in again.named_parameters():
+        if not name.startswith("projector."):
+            assert torch.equal(parameter, weights.read(name)), name
+    edit(lm, attention_bias=True, mlp_bias=True)
+    message = language_model_error(lm, config)
+    assert "attention_bias is True, but the architecture needs False" in message and "mlp_bias is True" in message
+    assert "model_type is 'llama', but the recipe's model.language_model.model_type is 'qwen2'" in language_model_error(
+        lm
+    )
+    assert "norm_type is 'layer_norm', but the recipe's" in vision_error(vision)
+
+
+def test_cross_attention_starts_as_the_recipe_says() -> None:
+    config = make_config(
+        architecture="nvlm_x", cross_attention={"gate_init": 0.25, "feed_forward": True, "initializer_std": 0.05}
+    )
+    shapes = expected_shapes(config)
+    lm = {name: torch.zeros(shape) for name, shape in shapes.items() if not name.startswith(("projector.", "cross_"))}
+    found = account(shapes, Some(lm))
+    assert found.initialised == sorted(name for name in shapes if name.startswith(("projector.", "cross_attention.")))
+    assert len([name for name in found.initialised if name.startswith("cross_attention.layers.2.")]) == 12
+    for name in found.initialised:
+        value = initial_value(name, shapes[name], 0, config)
+        if name.endswith("_gate"):
+            assert shapes[name] == (1,) and value.item() == 0.25
+        elif name.startswith("cross_attention.") and value.ndim == 2:
+            assert value.std() == pytest.approx(0.05, rel=0.1), name
+        elif "norm" in name and name.endswith("weight"):
+            assert (value == 1).all()
+    with pytest.raises(CheckpointError, match=r"cross_attention.layers.0.attn_gate"):  # as a whole or not at all
+        account(shapes, Some({**lm, "cross_attention.layers.1.attn_gate": torch.zeros(1)}))
 
 
 def test_rope_theta_is_read_from_all_three_places(lm_folder: Path) -> None:

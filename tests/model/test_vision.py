@@ -12,10 +12,12 @@ from nvlm_train.recipe import schema
 
 torch.set_num_threads(1)
 
+LIKE_300M = {"norm_type": "layer_norm", "qk_normalization": False, "qkv_bias": True}
 CASES = {
     "3 heads, 16 patches": {},
     "one head, 64 patches": {"hidden_size": 20, "num_attention_heads": 1, "image_size": 56, "num_hidden_layers": 4},
     "5 heads, eps 1e-5": {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 24, "layer_norm_eps": 1e-5},
+    "as the 300M tower": {**LIKE_300M, "hidden_size": 32, "num_attention_heads": 4, "layer_norm_eps": 1e-5},
 }
 
 
@@ -34,9 +36,9 @@ def tower_pair(**sizes: object) -> tuple[InternVit, torch.nn.Module]:
             image_size=[config.image_size] * 2,
             patch_size=[config.patch_size] * 2,
             layer_norm_eps=config.layer_norm_eps,
-            norm_type="rms_norm",
-            use_qk_norm=True,
-            attention_bias=False,
+            norm_type=config.norm_type,
+            use_qk_norm=config.qk_normalization,
+            attention_bias=config.qkv_bias,
             use_mean_pooling=True,
             hidden_act="gelu",
             attn_implementation="eager",
@@ -85,8 +87,9 @@ def test_features_and_every_gradient_equal_transformers(sizes: dict[str, object]
     at_most(worst(to_theirs(own), gradients(theirs)), 8e-7, "gradients")  # worst seen 1.9e-7
 
 
-def test_a_weight_that_is_left_out_would_show() -> None:
-    ours, theirs = tower_pair()
+@pytest.mark.parametrize("sizes", [{}, LIKE_300M], ids=["6B", "300M"])
+def test_a_weight_that_is_left_out_would_show(sizes: dict[str, object]) -> None:
+    ours, theirs = tower_pair(**sizes)
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     expected = theirs(pixel_values=pixels).last_hidden_state
     for name, parameter in ours.named_parameters():

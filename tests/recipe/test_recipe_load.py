@@ -135,7 +135,7 @@ BAD_LINES = [
     (
         13,
         "tokenizer: {path: tok, template: qwen2}",
-        ["r.yaml:13 tokenizer.template: 'qwen2' is not one of nvlm_qwen2, hf_nvlm; did you mean nvlm_qwen2?"],
+        ["r.yaml:13 tokenizer.template: 'qwen2' is not one of nvlm_qwen2, hf_nvlm, nvlm_yi; did you mean nvlm_qwen2?"],
     ),
     (
         1,
@@ -276,7 +276,7 @@ MODEL = [
     ),
     (
         "model.vision=internvit_6b",
-        "model.vision.preset: 'internvit_6b' is not one of internvit_6b_448px_v1_5; did you mean "
+        "model.vision.preset: 'internvit_6b' is not one of internvit_6b_448px_v1_5, internvit_300m_448px; did you mean "
         "internvit_6b_448px_v1_5?",
     ),
 ]
@@ -287,6 +287,89 @@ def test_sizes_that_do_not_fit(tmp_path, override, message):
     (found,) = problems(write(tmp_path), (override,))
     assert found.endswith(message)
     assert found.startswith(("r.yaml:", f"override {override} "))
+
+
+X, H = "model.architecture=nvlm_x", "model.architecture=nvlm_h"
+TILES = "data.pack_tiles=20"
+ARCHITECTURES = [
+    (
+        (X,),
+        "data.pack_tiles: is not given, but tiles are not in the token count of nvlm_x, so nothing else bounds them",
+    ),
+    (
+        ("model.cross_attention.feed_forward=true",),
+        "model.cross_attention.feed_forward: true has no effect in nvlm_d, which has no cross-attention; remove it",
+    ),
+    (("train.cross_attention=frozen",), "train.cross_attention: 'frozen' has no effect in nvlm_d, which has no"),
+    (
+        ("optimizer.module_lr.cross_attention=1",),
+        "optimizer.module_lr.cross_attention: 1 has no effect in nvlm_d, which has no cross-attention; remove it",
+    ),
+    (
+        (X, TILES, "model.cross_attention.every_layers=4"),
+        "model.cross_attention.every_layers: 4 is more than the 3 layers of the decoder, so there would be no "
+        "cross-attention; use at most 3",
+    ),
+    (
+        (X, TILES, "model.cross_attention.num_attention_heads=5"),
+        "model.cross_attention.num_attention_heads: 5 does not divide the decoder's hidden_size 48; use one of 1, 2, 3",
+    ),
+    (
+        (X, TILES, "model.cross_attention.num_attention_heads=3"),
+        "model.cross_attention.num_attention_heads: 3 is not a multiple of the decoder's 2 key/value heads; give",
+    ),
+    (
+        (X, TILES, "model.cross_attention.num_key_value_heads=4"),
+        "model.cross_attention.num_key_value_heads: 4 does not divide the 6 query heads; use one of 1, 2, 3, 6",
+    ),
+    (
+        (X, TILES, "model.cross_attention.gate=none", "model.cross_attention.gate_init=0.5"),
+        "model.cross_attention.gate_init: 0.5 has no effect, because gate is none; remove it",
+    ),
+    (
+        (H, TILES, "model.cross_attention.text_reads=tags_only"),
+        "model.cross_attention.text_reads: 'tags_only' leaves nothing that reads in nvlm_h",
+    ),
+    (
+        (X, TILES, "model.cross_attention.thumbnail_reads_tiles=false"),
+        "model.cross_attention.thumbnail_reads_tiles: false has no effect in nvlm_x",
+    ),
+    (
+        (H, TILES, "data.tiling.thumbnail=false"),
+        "data.tiling.thumbnail: false must be true in nvlm_h, whose sequence holds thumbnails; or max_tiles: 1",
+    ),
+    (
+        (X, TILES, "model.cross_attention.text_reads=tags_only", "data.tiling.tags=none"),
+        "data.tiling.tags: 'none' is none, but only tags read",
+    ),
+    (
+        (X, TILES, "train.projector=frozen", "train.cross_attention=frozen", "train.language_model=frozen"),
+        "train: freezes every module, so nothing would be trained; set one of vision, projector, cross_attention, "
+        "language_model to full",
+    ),
+    (
+        (X, TILES, "train.cross_attention=frozen", "optimizer.module_lr.cross_attention=1"),
+        "optimizer.module_lr.cross_attention: 1 has no effect, because train.cross_attention is frozen",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), ARCHITECTURES, ids=[message[:50] for _, message in ARCHITECTURES])
+def test_an_architecture_and_what_does_not_fit_it(tmp_path, overrides, message):
+    (found,) = problems(write(tmp_path), overrides)
+    assert message in found
+
+
+@pytest.mark.parametrize("architecture", [X, H])
+def test_what_an_architecture_can_be_told(tmp_path, architecture):
+    more = [
+        "model.cross_attention={every_layers: 2, place: after, num_attention_heads: 3, num_key_value_heads: 1, "
+        "gate_init: 0.5, feed_forward: true, memory_norm: none, text_reads: last_image, initializer_std: 0.01}",
+        "optimizer.module_lr.cross_attention=1e-4",
+        "data.tiling.tags=none",
+    ]
+    recipe = load_recipe(write(tmp_path), [architecture, TILES, *more]).recipe
+    assert recipe.model.cross_attention_layers == (1,) and recipe.model.cross_attention_heads == (3, 1)
 
 
 OVERRIDES = [

@@ -94,6 +94,18 @@ def test_show_of_the_full_size_prints_its_parameters(capsys):
         assert number in text
 
 
+def test_show_of_nvlm_x_counts_cross_attention_and_bounds_tiles(tmp_path, capsys):
+    overrides = ["model.architecture=nvlm_x", "data.pack_tiles=20", "model.cross_attention.every_layers=2"]
+    assert main(["recipe", "show", write(tmp_path), *overrides, "--world-size", "2"]) == 0
+    text = capsys.readouterr().out
+    # 2 D^2 + 2 D kv + two norms and a gate, D 48, kv 16
+    assert "\n  cross_attention           6,241             6,241  0.001\n" in text
+    assert "cross-attention at 1 of 3 decoder layers, counted from 1: 2\n" in text
+    # 20 tiles hold two images of 7, so two of 32 samples share a pack although four fit by their tokens
+    assert "a step is 32 samples, at most 16 packs of 512 tokens" in text
+    assert "a step of full samples (4,096 tokens, 224 tiles)" in text
+
+
 def test_show_as_json_holds_all_of_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main(["recipe", "show", write(tmp_path), "--json"]) == 0

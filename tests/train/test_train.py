@@ -165,6 +165,39 @@ def test_two_stages_and_what_is_frozen_stays(inputs: Path, tmp_path: Path) -> No
     assert any(not torch.equal(second.read(f"language_model.{k}"), start.get_tensor(k)) for k in start.keys())
 
 
+def test_nvlm_x_in_two_stages(inputs: Path, tmp_path: Path) -> None:
+    """Pretraining trains projector and cross-attention beside a frozen decoder; the second stage starts from them."""
+    pretrain, sft = tmp_path / "pretrain", tmp_path / "sft"
+    x = ("model.architecture=nvlm_x", "data.pack_tiles=16", "optimizer.module_lr.cross_attention=1e-2")
+    assert run(inputs, pretrain, *x, "train.language_model=frozen", "max_steps=3") == (0, "")
+    first = checkpoint.open_checkpoint(pretrain, checksums=True)
+    assert {name.split(".")[0] for name in first.trained} == {"projector", "cross_attention"}
+    assert len(first.trained) == 3 + 2 * 7
+    rates = steps(pretrain)[0]["lr"]
+    assert set(rates) == {"projector", "cross_attention"}
+    assert rates["cross_attention"] == pytest.approx(1e-2 / 6e-3 * rates["projector"])
+    gates = [first.read(f"cross_attention.layers.{k}.attn_gate") for k in range(2)]
+    assert all(gate.any() and gate.abs() < 0.1 for gate in gates)  # they start at 0
+    assert run(
+        inputs, sft, *x, f"init_from.run={pretrain}", "train.cross_attention=frozen",
+        "optimizer.module_lr.cross_attention=null", "max_steps=2",
+    ) == (0, "")  # fmt: skip
+    second = checkpoint.open_checkpoint(sft, checksums=True)
+    for name in first.trained:
+        same = torch.equal(second.read(name), first.read(name))
+        assert same == name.startswith("cross_attention."), name  # frozen in this second stage
+
+
+def test_nvlm_h_stopped_and_resumed_is_never_stopped(inputs: Path, tmp_path: Path) -> None:
+    h = ("model.architecture=nvlm_h", "data.pack_tiles=16", "max_steps=4", "model.cross_attention.gate_init=0.5")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(inputs, whole, *h) == (0, "")
+    assert run(inputs, stopped, *h, job="train_with_signal", signal_name="SIGTERM", on_rank=1, after_step=2) == (0, "")
+    assert checkpoint.committed_steps(stopped) == [2]
+    assert run(inputs, stopped, *h) == (0, "")
+    assert trajectory(stopped) == trajectory(whole) and validations(stopped) == validations(whole)
+
+
 def test_bf16_trains_near_fp32(inputs: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run(inputs, out, "precision=bf16") == (0, "")
