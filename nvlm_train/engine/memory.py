@@ -36,7 +36,8 @@ def predict_memory(
     weights: what the engine shares out (a frozen tower is replicated instead: `tower_replicated`), adapters included.
     gradients: fp32 accumulation. optimizer: fp32 master, exp_avg, exp_avg_sq (stage 0: the weights are the
     masters).
-    gathered, buckets: what stage 3 holds whole at a time, and what is in flight in a reduction.
+    gathered, buckets: what stage 3 holds whole at a time (of 4-bit weights: the largest, unpacked for its product), and
+    what is in flight in a reduction.
     activations: what stays until backward; recomputed_layer: the layer at work when they are recomputed.
     loss: logits and their gradient when every token is labelled (fewer in practice).
     """
@@ -111,7 +112,11 @@ def predict_memory(
         "gradients": share(trainable, 2) * 4,
         "optimizer": share(trainable, 1) * (12 if stage else 8),
         "tower_replicated": outside * number,
-        "gathered": gathered * number if stage == 3 and ranks > 1 else 0,
+        "gathered": gathered * number
+        if stage == 3 and ranks > 1
+        else lm.hidden_size * lm.intermediate_size * number
+        if quantized
+        else 0,
         "buckets": min(trainable, recipe.zero.reduce_bucket_size)
         * (4 if recipe.zero.communication_data_type == "fp32" else 2),
         "activations": kept + projector,

@@ -87,7 +87,7 @@ def add_adapters(model: nn.Module, config: schema.Model, train: schema.Train) ->
         around.inner = inner
         settings = LoraConfig(
             r=options.rank,
-            lora_alpha=options.alpha,  # type: ignore[arg-type]  # any number will do
+            lora_alpha=options.alpha,
             target_modules=[f"inner.{name}" for name in names],
             init_lora_weights=False,  # values come from `fill`, as those of all other weights
         )
