@@ -16,8 +16,9 @@ and, where cross-attention layers read tiles (nvlm_x, nvlm_h; see `Memory`):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # the loader process lays batches out without torch: it starts in half a second and stays small
     import torch
@@ -69,10 +70,11 @@ class Memory:
     max_queries: int
     max_rows: int
 
-    def to(self, device: torch.device | str) -> Memory:
-        """The same with every tensor on `device`."""
+    def with_each(self, change: Callable[[Tensor], Tensor]) -> Memory:
+        """The same with every tensor changed."""
         names = ("ids", "slots", "query_rows", "cu_queries", "rows", "cu_rows")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device` (copied without waiting where the memory is pinned)."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "labels", "position_ids", "cu_seqlens", "tiles", "image_slots")
-        }
-        return replace(self, **moved, memory=None if self.memory is None else self.memory.to(device))
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies without the CPU waiting."""
+        return self._with_each(lambda tensor: tensor.pin_memory())
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        names = ("input_ids", "labels", "position_ids", "cu_seqlens", "tiles", "image_slots")
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        memory = None if self.memory is None else self.memory.with_each(change)
+        return replace(self, **changed, memory=memory)

@@ -1,8 +1,8 @@
 """The command `nvlm-train`: one table of verbs. Each verb imports what it needs when it runs, then calls one function.
 
-Exit codes: 0 done, 1 a bug (with its traceback) or a verification that found a difference, 2 something the user can
-put right, 130 interrupted. What is asked for
-goes to stdout, progress and errors to stderr. Nothing heavy is imported here, so that `--help` is quick.
+Exit codes: 0 done, 1 a bug (with its traceback), a lost rank or a verification that found a difference, 2 something the
+user can put right, 130 interrupted. What is asked for goes to stdout, progress and errors to stderr. Nothing heavy is
+imported here, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from nvlm_train import __version__
-from nvlm_train.errors import NvlmError, SetupError
+from nvlm_train.errors import NvlmError, PeerError, SetupError
 from nvlm_train.log import rank_from_environment, set_up_logging
 
 PROG = "nvlm-train"
@@ -56,12 +56,28 @@ def _data(name: str) -> Callable[[argparse.Namespace], int]:
 
 def _train(args: argparse.Namespace) -> int:
     from nvlm_train.recipe.load import load_recipe
+    from nvlm_train.recipe.resolve import refuse_unsupported
 
     loaded = load_recipe(args.recipe, args.overrides)  # before torch: a typing mistake shows at once
+    refuse_unsupported(loaded)
 
+    if args.skip_steps and args.from_ is None:
+        raise SetupError(
+            "--skip-steps: needs --from RUN/step_N, a checkpoint from before these steps; a run that has begun keeps "
+            "its own data"
+        )
+    if args.replay is not None:
+        if args.from_ is not None or args.resume != "auto":
+            raise SetupError("--replay: changes nothing and starts nothing, so it takes neither --from nor --resume")
+        from nvlm_train.train.replay import replay
+
+        return replay(loaded, args.replay, args.accept)
+
+    from nvlm_train.train.branch import open_branch
     from nvlm_train.train.loop import train
 
-    return train(loaded, args.resume, args.accept)
+    branch = None if args.from_ is None else open_branch(args.from_, args.skip_steps)
+    return train(loaded, args.resume, args.accept, branch)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -226,6 +242,13 @@ def _resume(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor never nor step_N (step_400, say)")
 
 
+def _stretch(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no stretch of steps A:B with 1 <= A <= B (410:415, say)")
+    return int(first), int(last)
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
     parser.add_argument(
@@ -242,6 +265,28 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY",
         help="let this `ask` key differ from the run's recipe; may be given several times",
+    )
+
+    parser.add_argument(
+        "--from",
+        dest="from_",
+        metavar="RUN/step_N",
+        help="begin a new run, in an output_dir of its own, with the whole state of this checkpoint: weights, moments, "
+        "schedule, position in the data",
+    )
+    parser.add_argument(
+        "--skip-steps",
+        type=_stretch,
+        action="append",
+        default=[],
+        metavar="A:B",
+        help="with --from: never draw the data of steps A to B (data_step in the metrics); may be given several times",
+    )
+    parser.add_argument(
+        "--replay",
+        metavar="FILE",
+        help="run the step that RUN/nonfinite/step_N.json tells of again, print the loss of each sample and the "
+        "largest gradient of each module, and change nothing",
     )
 
 
@@ -496,6 +541,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # every rank finds the same mistake: one of them tells it whole
         print(f"error: {error}" if rank == 0 else f"[rank {rank}] error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
+    except PeerError as error:
+        rank = rank_from_environment()
+        print(f"error: {error}" if rank == 0 else f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,8 +1,8 @@
 """Errors a user can act on.
 
 Every error says what is wrong (with the value), where (file:line and key, shard and key, rank) and what would be
-right. The command line prints an `NvlmError` without a traceback and exits with 2; anything else is a bug and keeps
-its traceback and exit code 1.
+right. The command line prints an `NvlmError` without a traceback and exits with 2, a `PeerError` without one and exits
+with 1; anything else is a bug and keeps its traceback and exit code 1.
 """
 
 from __future__ import annotations
@@ -26,3 +26,7 @@ class CheckpointError(NvlmError):
 
 class SetupError(NvlmError):
     """The environment: launcher variables, devices, packages, disk space."""
+
+
+class PeerError(Exception):
+    """Another rank was lost, failed or stands still, so that this one cannot go on. Start the job again."""

@@ -156,7 +156,6 @@ def lay_out(
     if system and not any(turn["role"] == "system" for turn in turns):
         turns.insert(0, {"role": "system", "content": [{"text": system}]})
     start = Run(None, tokenizer.im_start, 1, False, False)
-    tags_apart = form.tags_apart or architecture == "nvlm_x"  # what reads a tile is its tag and nothing else
     image = -1
     for turn in turns:
         trained = turn["role"] == "assistant" and turn.get("loss", True) is True
@@ -179,13 +178,11 @@ def lay_out(
                 if number < in_memory and architecture == "nvlm_h":
                     runs.append(Run(None, -1, 0, False, True, image, tag))  # no token: the text goes on
                     continue
-                if tag and tags_apart and text:
+                reads = number < in_memory  # nvlm_x: what reads a tile is its tag and nothing else
+                if text and (reads or (tag and form.tags_apart)):
                     runs.append(Run(text, -1, 0, False, False))
                     text = ""
-                if number < in_memory:  # nvlm_x
-                    if text:
-                        runs.append(Run(text, -1, 0, False, False))
-                        text = ""
+                if reads:
                     runs.append(Run(tag or None, -1, 0, False, True, image, ""))
                     continue
                 text += tag

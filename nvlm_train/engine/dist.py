@@ -34,21 +34,17 @@ class World:
     owned: bool  # this package started the default group, so it ends it
 
 
-def start(launch: Launch, timeout_s: float) -> World:
+def start(launch: Launch, timeout_s: float, store: dist.Store | None = None) -> World:
     """Joins the job: sets the device, starts the groups and makes DeepSpeed use them.
 
+    store: where the ranks meet (`Heartbeat.join`); torch's own rendezvous where there is none.
     A default group that runs already (a notebook's, a test's) is used as it is.
     Raises SetupError when this rank's GPU does not exist.
     """
     export_launch(launch)
     on_gpu = torch.cuda.is_available()
-    if on_gpu and launch.local_rank >= torch.cuda.device_count():
-        raise SetupError(
-            f"local rank {launch.local_rank} has no GPU: this host shows {torch.cuda.device_count()}; start as many "
-            "ranks per host as it has GPUs"
-        )
+    device = own_gpu(launch) if on_gpu else torch.device("cpu")
     _quiet_deepspeed(on_gpu)
-    device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     import deepspeed
@@ -60,10 +56,25 @@ def start(launch: Launch, timeout_s: float) -> World:
     timeout = timedelta(seconds=timeout_s)
     owned = not dist.is_initialized()
     if owned:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=launch.rank, world_size=launch.world_size)
     deepspeed.init_distributed(dist_init_required=False)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return World(launch.rank, launch.world_size, device, control, owned)
+
+
+def own_gpu(launch: Launch) -> torch.device:
+    """This rank's GPU: number LOCAL_RANK, or the only one that the launcher lets it see.
+
+    Raises SetupError when there is none. (Two ranks that see the same one are found by `Heartbeat.join`.)
+    """
+    shown = torch.cuda.device_count()
+    if shown != 1 and launch.local_rank >= shown:
+        raise SetupError(
+            f"local rank {launch.local_rank} has no GPU: this host shows {shown}; start as many ranks per host as it "
+            "has GPUs"
+        )
+    return torch.device("cuda", 0 if shown == 1 else launch.local_rank)
 
 
 def stop(world: World) -> None:
@@ -132,6 +143,14 @@ def raise_together(world: World, error: Exception | None, what: str) -> None:
     if found:
         text = "\n".join(f"{what} failed on rank {rank}: {entry[1]}" for rank, entry in found.items())
         raise NvlmError(text) if all(entry[0] for entry in found.values()) else RuntimeError(text)
+
+
+def require_same(world: World, value: Any, what: str, hint: str) -> None:
+    """Raises SetupError on every rank where `value` differs between them. what: its name in the message."""
+    values = gather(world, value)
+    other = next((rank for rank, found in enumerate(values) if found != values[0]), None)
+    if other is not None:
+        raise SetupError(f"{what} is {values[0]} for rank 0, but {values[other]} for rank {other}; {hint}")
 
 
 def barrier(world: World) -> None:

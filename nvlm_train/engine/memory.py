@@ -29,7 +29,7 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 def predict_memory(
     recipe: Recipe, world_size: int, parameters: dict[str, int], trainable_by_module: dict[str, int]
 ) -> dict[str, int]:
-    """Bytes per rank of each of `KINDS`, and their sum as `total`.
+    """Bytes per rank of each of `KINDS`, and their sum as `total`; what is offloaded is no part of it, but `host`.
 
     parameters: counts of the whole modules, as `model.flops.count_parameters` gives them; trainable_by_module: what the
     optimizer steps of each, as `model.flops.trainable_parameters` gives them.
@@ -45,7 +45,7 @@ def predict_memory(
     number = 2 if recipe.precision == "bf16" else 4
     modes = {module: recipe.train.modes[module] for module in parameters}  # the model's modules
     trained = {module: mode != "frozen" for module, mode in modes.items()}
-    outside = 0 if trained["vision"] else parameters["vision"]
+    outside = parameters["vision"] if recipe.tower_is_replicated else 0
     adapters = sum(count for module, count in trainable_by_module.items() if modes[module] == "lora")
     inside = sum(parameters.values()) - outside + adapters
     trainable = sum(trainable_by_module.values())
@@ -124,4 +124,11 @@ def predict_memory(
         "loss": tokens * lm.vocab_size * (number + 4 + 4 + (number if number == 2 else 0)),
         "vision_activations": tower,
     }
-    return {**predicted, "total": sum(predicted.values())}
+    offloaded = {
+        "weights": recipe.zero.offload_param,
+        "gradients": recipe.zero.offload_optimizer,
+        "optimizer": recipe.zero.offload_optimizer,
+    }
+    host = sum(predicted[kind] for kind, where in offloaded.items() if where == "cpu")
+    predicted |= {kind: 0 for kind, where in offloaded.items() if where != "none"}
+    return {**predicted, "total": sum(predicted.values()), "host": host}

@@ -7,6 +7,8 @@ NVLM-H   those of the thumbnail do, and cross-attention reads the other tiles
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from nvlm_train.recipe import schema
 class Nvlm(nn.Module):
     """What the three have in common; use one of them.
 
+    projector_type: its projector. reads_tiles: whether it has cross-attention layers.
+
     Every forward makes the same module calls in the same order, whatever the batch holds, so that ranks with and
     without images stay together under ZeRO-3: the projector runs exactly once, so does each cross-attention layer, a
     tower inside runs `batch.num_tile_chunks` times, and no trained weight is ever left without a gradient.
@@ -30,6 +34,9 @@ class Nvlm(nn.Module):
     activation_checkpointing: what is computed again in backward, see `model.recompute`.
     tiles_per_chunk: tiles that go through the tower at once. kernels: "auto", or "torch" for plain PyTorch.
     """
+
+    projector_type: ClassVar[type[nn.Module]] = Projector
+    reads_tiles: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -45,8 +52,8 @@ class Nvlm(nn.Module):
         self.tiles_per_chunk = tiles_per_chunk
         if with_vision:
             self.vision_model = InternVit(config.vision, activation_checkpointing)
-        self.projector = LinearProjector(config) if config.architecture == "nvlm_x" else Projector(config)
-        if config.architecture != "nvlm_d":
+        self.projector = self.projector_type(config)
+        if self.reads_tiles:
             self.cross_attention = CrossAttention(config, kernels)
         self.language_model = LanguageModel(
             config.language_model, activation_checkpointing=activation_checkpointing, kernels=kernels
@@ -85,14 +92,15 @@ class Nvlm(nn.Module):
         """[T*Q, 4E], or one row of zeros, which no slot takes, where there is no image."""
         dtype = next(self.projector.parameters()).dtype
         if features is None and hasattr(self, "vision_model"):
+            # A trained tower makes at least one call, also where no rank has a tile: a trained weight that nothing uses
+            # in a step would get the gradient of the step before under ZeRO-3.
+            least = int(any(p.requires_grad for p in self.vision_model.parameters()))
             features = encode_tiles(
                 self.vision_model,
                 batch.tiles,
                 dtype,
                 tiles_per_chunk=self.tiles_per_chunk,
-                # At least one call, also where no rank has a tile: a trained weight that nothing uses in a step would
-                # get the gradient of the step before under ZeRO-3.
-                num_chunks=max(1, batch.num_tile_chunks or -(-len(batch.tiles) // self.tiles_per_chunk)),
+                num_chunks=max(least, batch.num_tile_chunks or -(-len(batch.tiles) // self.tiles_per_chunk)),
             )  # [T (+ zero tiles), P, E]
         if features is None and len(batch.tiles):
             raise ValueError(
@@ -115,6 +123,9 @@ class NvlmD(Nvlm):
 class NvlmX(Nvlm):
     """No image token enters the sequence: cross-attention layers read them as `Batch.memory` says."""
 
+    projector_type = LinearProjector
+    reads_tiles = True
+
     def _decode(self, batch: Batch, image_tokens: Tensor) -> Tensor:
         embedded = self.language_model.model.embed_tokens(batch.input_ids)  # [B, S, D]
         return self._run_decoder(embedded, batch, image_tokens)  # [B, S, D]
@@ -122,6 +133,8 @@ class NvlmX(Nvlm):
 
 class NvlmH(Nvlm):
     """Image tokens of thumbnails enter the sequence; cross-attention layers read the other tiles, a tag before each."""
+
+    reads_tiles = True
 
     def _decode(self, batch: Batch, image_tokens: Tensor) -> Tensor:
         memory = _memory_of(batch)

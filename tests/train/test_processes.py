@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,19 +47,25 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], limit_
 
 
 def test_killed_at_a_random_point_and_resumed_equals_never_killed(inputs: Path, tmp_path: Path) -> None:
-    """kill -9 of one rank somewhere in a run of 14 steps; started again, it ends with the losses of a whole run."""
+    """kill -9 of one rank somewhere in a run of 14 steps that saves beside the training; started again, it ends with
+    the losses of a whole run that stood still for its saves."""
     log = tmp_path / "log"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     long = ["max_steps=14", "checkpoint.every_steps=2"]
     assert start(inputs, whole, *long, log=log).wait(150) == 0, log.read_text()[-3000:]
+    long += ["checkpoint.asynchronous=true"]
 
     seed = random.SystemRandom().randrange(2**32)
     dice = random.Random(seed)
     process = start(inputs, killed, *long, log=log)
     wait_for_step(killed, dice.randint(1, 8), process)
     time.sleep(dice.random() * 0.2)
-    os.kill(dice.choice(ranks_of(process)), signal.SIGKILL)
+    before, rank = len(log.read_text()), dice.randrange(2)
+    pid = ranks_of(process)[rank]
+    os.kill(pid, signal.SIGKILL)
     assert process.wait(60) != 0
+    (line,) = [line for line in log.read_text()[before:].splitlines() if "error: " in line]
+    assert f"rank {rank} (host {socket.gethostname()}, process {pid}) was lost" in line
     done = checkpoint.committed_steps(killed)
     assert start(inputs, killed, *long, log=log).wait(150) == 0, log.read_text()[-3000:]
     assert trajectory(killed) == trajectory(whole), f"dice {seed}, resumed from {done[-1:]}"
@@ -101,19 +108,16 @@ def test_alone_is_a_world_of_one_and_user_errors_have_no_traceback(inputs: Path,
 
 
 def test_a_stopped_process_is_noticed_and_the_run_ends(inputs: Path, tmp_path: Path) -> None:
-    """SIGSTOP, as of a frozen host: the other rank waits in a collective, says where, and the job ends."""
+    """SIGSTOP, as of a frozen host: the other rank waits in a collective, says where and for whom, and the job ends."""
     log, out = tmp_path / "log", tmp_path / "run"
-    process = start(inputs, out, "max_steps=500", "distributed.hang_s=4", "validation=null", log=log)
+    flags = ["--shutdown-timeout", "5"]  # else torchrun waits 30 s for the stopped one
+    process = start(inputs, out, "max_steps=500", "distributed.hang_s=4", "validation=null", log=log, flags=flags)
     wait_for_step(out, 2, process)
     stopped = ranks_of(process)[1]
     os.kill(stopped, signal.SIGSTOP)
-    try:
-        until = time.monotonic() + 60
-        while not (out / "stacks_rank_0.txt").exists() and time.monotonic() < until:
-            time.sleep(0.1)
-    finally:
-        os.kill(stopped, signal.SIGKILL)  # torchrun would wait 30 s for it
-    assert process.wait(60) != 0
+    assert process.wait(90) != 0
     text = log.read_text()
     assert "no step has ended for" in text and "distributed.hang_s is 4" in text
+    assert f"rank 1 (host {socket.gethostname()}, process {stopped}) gives no sign of life" in text
+    assert "its process is stopped" in text
     assert "train/loop.py" in (out / "stacks_rank_0.txt").read_text()
