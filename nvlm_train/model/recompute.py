@@ -33,7 +33,10 @@ _KEPT_LIBRARIES = ("torch_attn", "flash_attn", "nvlm_train")  # attention of tor
 @cache
 def _kept_operators() -> frozenset[Any]:
     packets = [getattr(torch.ops.aten, name) for name in _KEPT if hasattr(torch.ops.aten, name)]
-    return frozenset(getattr(packet, overload) for packet in packets for overload in packet.overloads())
+    operators = {getattr(packet, overload) for packet in packets for overload in packet.overloads()}
+    # DeepSpeed's linear layer adds its bias in place, to the very product that is kept. Kept as well, the addition is
+    # not made a second time; without this line every gradient behind a bias is silently wrong under ZeRO-3.
+    return frozenset({*operators, torch.ops.aten.add_.Tensor})
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -60,7 +63,7 @@ class Recompute:
         options: dict[str, Any] = {}
         if self.mode == "selective":
             contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
-            contexts = partial(create_selective_checkpoint_contexts, _policy)
+            contexts = partial(create_selective_checkpoint_contexts, _policy, allow_cache_entry_mutation=True)
             options["context_fn"] = contexts
         function: Callable[..., Tensor] = layer if self.draws is None else self.draws.kept_for(layer)
         out = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
