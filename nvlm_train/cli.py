@@ -314,6 +314,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("bf16", "fp32"), help="type of the weights (default: the recipe's precision)"
     )
+    parser.add_argument(
+        "--adapter",
+        metavar="BASE",
+        help="write the LoRA adapters alone, as a peft folder for the exported folder BASE (default: merged)",
+    )
     parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder, where the recipe's has moved")
     parser.add_argument("--max-shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
     parser.add_argument(

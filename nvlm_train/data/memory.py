@@ -16,7 +16,7 @@ from nvlm_train.data.chat import Rendered
 from nvlm_train.recipe import schema
 
 
-class Run(NamedTuple):
+class ReadingRun(NamedTuple):
     """Tokens [begin, end) of a sample read its tiles [first, last)."""
 
     begin: int
@@ -25,7 +25,7 @@ class Run(NamedTuple):
     last: int
 
 
-def runs_of(rendered: Rendered, per_tile: int, model: schema.Model) -> Iterator[Run]:
+def runs_of(rendered: Rendered, per_tile: int, model: schema.Model) -> Iterator[ReadingRun]:
     """The runs of one sample, in order, without those that would see nothing.
 
     Example, nvlm_x: <Image> <tile_1> <tile_2> </Image> why, a token each: (1, 2, 0, 1), (2, 3, 1, 2), (3, 5, 0, 2).
@@ -44,12 +44,12 @@ def runs_of(rendered: Rendered, per_tile: int, model: schema.Model) -> Iterator[
         for k in tiles:
             begin, end = rendered.reads[k].own
             if begin < end:
-                yield Run(begin, end, k, k + 1)
+                yield ReadingRun(begin, end, k, k + 1)
         until = images[i + 1][1] if i + 1 < len(images) else len(rendered.input_ids)
         first = 0 if own.text_reads == "preceding_images" else tiles[0]
         seen = any(tile.in_memory for tile in rendered.reads[first : tiles[-1] + 1])
         if own.text_reads != "tags_only" and behind < until and seen:
-            yield Run(behind, until, first, tiles[-1] + 1)
+            yield ReadingRun(behind, until, first, tiles[-1] + 1)
 
 
 def lay_out_memory(

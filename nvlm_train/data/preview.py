@@ -23,7 +23,7 @@ from nvlm_train.data import chat, tiling
 from nvlm_train.data.images import BadSample, open_image
 from nvlm_train.data.index import SourceIndex
 from nvlm_train.data.lint import printable
-from nvlm_train.data.memory import Run, runs_of
+from nvlm_train.data.memory import ReadingRun, runs_of
 from nvlm_train.data.packing import Pack
 from nvlm_train.data.plan import DataPlan, LoadedSample, open_data
 from nvlm_train.data.sources import Sample
@@ -75,7 +75,7 @@ class View:
     pictures: list[Picture]
     spans: list[Span]
     problem: str | None = None
-    reads: tuple[Run, ...] = ()
+    reads: tuple[ReadingRun, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nvlm_train.errors import CheckpointError
-from nvlm_train.recipe.schema import HUB_PATH
+from nvlm_train.recipe.schema import HUB_PATH, LORA_TARGETS
 
 _RESEARCH_ONLY = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?commercial|research", re.IGNORECASE)
 _HUB_NAME = re.compile(
@@ -184,5 +184,6 @@ def _step(recipe: dict[str, Any]) -> str:
 
 
 def _trained(recipe: dict[str, Any]) -> str:
-    modes = recipe.get("train") or {}
+    train = recipe.get("train") or {}
+    modes = {module: mode for module, mode in train.items() if module in LORA_TARGETS}
     return ", ".join(f"{module} {mode}" for module, mode in modes.items()) or "not recorded"

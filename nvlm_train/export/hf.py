@@ -647,22 +647,28 @@ def foreign_code(folder: Path) -> list[str]:
 def export_command(args: Namespace) -> int:
     """`nvlm-train export RUN[/step_N] OUT`: exports, then verifies unless --no-verify. Returns the exit code."""
     from nvlm_train.checkpoint import open_checkpoint
+    from nvlm_train.export.adapter import export_adapter, verify_adapter
 
     checkpoint = open_checkpoint(args.run, checksums=True)
     as_json = getattr(args, "json", False)
     recipe_hash = checkpoint.state.get("recipe_hash")
-    out = export(
-        checkpoint,
-        checkpoint.recipe,
-        args.out,
-        tokenizer_path=getattr(args, "tokenizer", None),
-        dtype=getattr(args, "dtype", None),
-        max_shard_size=getattr(args, "max_shard_size", None) or "4GB",
-        layout=getattr(args, "layout", None),
-        step=checkpoint.step,
-        recipe_hash=recipe_hash,
-        earlier_run=checkpoint.earlier_run,
-        continued_from=checkpoint.continued_from,
+    base = getattr(args, "adapter", None)
+    out = (
+        export_adapter(checkpoint, args.out, base, getattr(args, "dtype", None) or "fp32")
+        if base
+        else export(
+            checkpoint,
+            checkpoint.recipe,
+            args.out,
+            tokenizer_path=getattr(args, "tokenizer", None),
+            dtype=getattr(args, "dtype", None),
+            max_shard_size=getattr(args, "max_shard_size", None) or "4GB",
+            layout=getattr(args, "layout", None),
+            step=checkpoint.step,
+            recipe_hash=recipe_hash,
+            earlier_run=checkpoint.earlier_run,
+            continued_from=checkpoint.continued_from,
+        )
     )
     size = sum(path.stat().st_size for path in out.iterdir())
     log.info("exported step %d of %s to %s (%.1f MB)", checkpoint.step, args.run, out, size / 1e6)
@@ -675,7 +681,7 @@ def export_command(args: Namespace) -> int:
 
     from nvlm_train.export.verify import print_report, verify
 
-    report = verify(out, checkpoint, checkpoint.recipe)
+    report = verify_adapter(out, checkpoint) if base else verify(out, checkpoint, checkpoint.recipe)
     print_report(report, as_json=as_json)
     if not report["ok"]:
         log.error("%s was written but is not what the checkpoint holds: do not use it", out)

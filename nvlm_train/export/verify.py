@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -391,10 +391,13 @@ class Prompt(NamedTuple):
     tags: tuple[tuple[int, ...], ...] = ()
 
 
-def compare_logits(out: Path, weights: Weights, model: Model, config: dict[str, Any]) -> dict[str, dict[str, float]]:
+def compare_logits(
+    out: Path, weights: Weights, model: Model, config: dict[str, Any], load: Callable[[Path, str], Any] | None = None
+) -> dict[str, dict[str, float]]:
     """Logits of the folder through transformers against those of our model with the checkpoint's weights, both in fp32.
 
     Inputs: text alone, one tile, several tiles, two images, and all of them as one padded batch.
+    load: what makes the folder's model, where that is not transformers alone.
     Returns {input: {"max_difference", "largest" logit, "tolerance"}}; a padded position is not compared.
     """
     import torch
@@ -410,7 +413,7 @@ def compare_logits(out: Path, weights: Weights, model: Model, config: dict[str, 
             name: ours.logits(as_batch(prompt, model, config["image_token_id"])) for name, prompt in prompts.items()
         }
     del ours
-    theirs = hf.load_exported(out, "fp32")
+    theirs = (load or hf.load_exported)(out, "fp32")
     results: dict[str, dict[str, float]] = {}
 
     def compare(name: str, found: Tensor, wanted: Tensor) -> None:
@@ -631,8 +634,12 @@ def print_report(report: dict[str, Any], *, as_json: bool) -> None:
 def verify_command(args: Namespace) -> int:
     """`nvlm-train verify OUT --against RUN[/step_N]`: 0 equal, 1 different, 2 (an NvlmError) when it cannot tell."""
     from nvlm_train.checkpoint import open_checkpoint
+    from nvlm_train.export import adapter
 
     checkpoint = open_checkpoint(args.against, checksums=True)
-    report = verify(args.out, checkpoint, checkpoint.recipe)
+    if (Path(args.out) / adapter.CONFIG).is_file():
+        report = adapter.verify_adapter(args.out, checkpoint)
+    else:
+        report = verify(args.out, checkpoint, checkpoint.recipe)
     print_report(report, as_json=getattr(args, "json", False))
     return 0 if report["ok"] else 1

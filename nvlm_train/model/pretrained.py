@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nvlm_train.errors import CheckpointError
 from nvlm_train.log import get_logger
-from nvlm_train.model import key_map
+from nvlm_train.model import key_map, lora
 from nvlm_train.model.key_map import Part
 from nvlm_train.recipe import schema
 
@@ -580,9 +580,9 @@ def account(
 def initial_value(name: str, shape: Sequence[int], seed: int, config: schema.Model) -> Tensor:
     """The value a new parameter starts from: a function of seed and name alone, whatever rank or order asks.
 
-    Norm weights 1, biases 0, LayerScale 0.1, gates as the recipe says, the weights of projector and cross-attention
-    normal with the recipe's initializer_std of each, all other weights normal with 0.02 (transformers' and InternViT's
-    default). Returns fp32[shape] on the CPU.
+    Norm weights 1, biases 0, LayerScale 0.1, gates as the recipe says, LoRA's as peft does, the weights of projector
+    and cross-attention normal with the recipe's initializer_std of each, all other weights normal with 0.02
+    (transformers' and InternViT's default). Returns fp32[shape] on the CPU.
     """
     owner, _, leaf = name.rpartition(".")
     if leaf == "bias":
@@ -595,6 +595,8 @@ def initial_value(name: str, shape: Sequence[int], seed: int, config: schema.Mod
         return torch.ones(*shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    if lora.is_adapter(name):
+        return lora.initial_adapter(name, tuple(shape), generator)
     stds = {"projector": config.projector.initializer_std, "cross_attention": config.cross_attention.initializer_std}
     std = stds.get(name.split(".", 1)[0], 0.02)
     return torch.empty(*shape).normal_(0.0, std, generator=generator)
@@ -620,6 +622,7 @@ def fill(
     for name, parameter in model.named_parameters():
         if name in skip:
             continue
+        name = lora.base_name(name)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty parameter behind
         if name in there and tuple(weights.shape(name)) != shape:
             raise CheckpointError(

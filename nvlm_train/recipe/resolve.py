@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from nvlm_train.engine.deepspeed_config import deepspeed_config, installed_deepspeed, unsupported
 from nvlm_train.engine.memory import predict_memory
 from nvlm_train.errors import RecipeError
-from nvlm_train.model.flops import Flops, count_flops, count_parameters
+from nvlm_train.model.flops import Flops, count_flops, count_parameters, trainable_parameters
 from nvlm_train.recipe.load import LoadedRecipe, find_key, flatten
 from nvlm_train.recipe.schema import HUB_PREFIX, REQUIRED, RUN_LENGTHS, Recipe, Section, all_keys
 from nvlm_train.recipe.yaml import describe
@@ -55,7 +55,7 @@ class Resolved:
     num_steps: optimizer steps of the run; None where they are known after indexing only.
     warmup_steps, decay_steps: of the schedule; None where they depend on num_steps and that is not known.
     module_lr: peak learning rate of each trained module.
-    parameters: {"total" | "trainable": {module: count}}.
+    parameters: {"total" | "trainable": {module: count}}; adapters of LoRA are in trainable alone.
     memory: predicted bytes per rank by kind (`engine.memory.KINDS`), `total` and `host`.
     warnings: what is legal but probably not meant.
     """
@@ -93,7 +93,8 @@ def resolve(recipe: Recipe, world_size: int, num_steps: int | None = None) -> Re
         )
     num_steps = num_steps if num_steps is not None else known_steps(recipe)
     counts = count_parameters(recipe.model)
-    trained = [module for module in counts if getattr(recipe.train, module) == "full"]
+    trainable = trainable_parameters(recipe.model, recipe.train)
+    trained = [module for module in counts if recipe.train.modes[module] != "frozen"]
     return Resolved(
         recipe=recipe,
         world_size=world_size,
@@ -105,13 +106,13 @@ def resolve(recipe: Recipe, world_size: int, num_steps: int | None = None) -> Re
         batch=batch,
         parameters={
             "total": counts,
-            "trainable": {module: counts[module] if module in trained else 0 for module in counts},
+            "trainable": trainable,
         },
         flops=count_flops(
-            recipe.model, recipe.train, recipe.data.max_tokens_per_sample, recipe.activation_checkpointing == "full"
+            recipe.model, recipe.train, recipe.data.max_tokens_per_sample, recipe.activation_checkpointing
         ),
         deepspeed=deepspeed_config(recipe),
-        memory=predict_memory(recipe, world_size, counts),
+        memory=predict_memory(recipe, world_size, counts, trainable),
         warnings=_warnings(recipe, batch, num_steps),
     )
 

@@ -15,6 +15,7 @@ from nvlm_train.engine.launch import Launch
 from nvlm_train.kernels import select
 from nvlm_train.recipe.resolve import Resolved
 from nvlm_train.recipe.schema import Recipe
+from nvlm_train.recipe.show import adapters, storage
 from nvlm_train.train.state import Start
 
 _STEPS_LOOKED_AT = 4
@@ -120,11 +121,7 @@ def first_screen(
         "weights": weights,
         "parameters": [
             f"{sum(counts.values()):,} in all, {sum(trainable.values()):,} trained",
-            *(
-                f"{module}: {count:,} "
-                + (f"trained, lr {resolved.module_lr[module]:g}" if trainable[module] else "frozen")
-                for module, count in counts.items()
-            ),
+            *(f"{module}: {count:,} {_training(recipe, resolved, module)}" for module, count in counts.items()),
         ],
         "batch": [
             (
@@ -162,6 +159,18 @@ def first_screen(
         first, *rest = [fact] if isinstance(fact, str) else fact
         lines += [f"{name:>10}  {first}", *(f"{'':>10}  {line}" for line in rest)]
     return "\n".join(lines)
+
+
+def _training(recipe: Recipe, resolved: Resolved, module: str) -> str:
+    """`trained, lr 1e-05`, `frozen`, or `frozen, 8,192 in adapters trained, lr 1e-04 (lora rank 16, ...)`."""
+    mode, kept = recipe.train.modes[module], storage(recipe, module)
+    frozen = "frozen" + (f" ({kept})" if kept else "")
+    if mode == "frozen":
+        return frozen
+    rate = f"trained, lr {resolved.module_lr[module]:g}"
+    if mode == "full":
+        return rate
+    return f"{frozen}, {resolved.parameters['trainable'][module]:,} in adapters {rate} ({adapters(recipe, module)})"
 
 
 def _bytes(size: float) -> str:

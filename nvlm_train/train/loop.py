@@ -22,6 +22,7 @@ from nvlm_train.engine.launch import Launch, resolve_launch
 from nvlm_train.engine.waiting import CollectiveWait
 from nvlm_train.hub import pin
 from nvlm_train.log import set_up_logging
+from nvlm_train.model.lora import is_trained
 from nvlm_train.recipe.load import LoadedRecipe
 from nvlm_train.recipe.resolve import Resolved, recipe_to_dict, resolve
 from nvlm_train.recipe.schema import Recipe
@@ -150,7 +151,7 @@ def _stopped_early(recipe: Recipe, progress: state.Progress) -> bool:
 
 
 def _is_trained(recipe: Recipe, name: str) -> bool:
-    return getattr(recipe.train, state.module_of(name)) == "full"
+    return is_trained(name, recipe.train.modes[state.module_of(name)])
 
 
 def _run(

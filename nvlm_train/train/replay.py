@@ -191,6 +191,8 @@ def _examine(
     steps_between: int,
 ) -> Replay:
     losses: list[float] = []
+    if built.draws is not None:
+        built.draws.start_step(recipe.seed, data.step)
     batches = [batch.to(world.device) for batch in data.micro_batches]
     features = [
         tower_features(built.tower, b, built.dtype, recipe.vision_tiles_per_chunk, built.cache) for b in batches

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,11 @@ from nvlm_train.engine.node import ReadOncePerNode
 from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
 from nvlm_train.hub import local_folder
+from nvlm_train.model import lora
+from nvlm_train.model.dropout import Draws
 from nvlm_train.model.nvlm import class_of
 from nvlm_train.model.pretrained import Weights, fill, part_of
+from nvlm_train.model.quantize import hold_in_nf4
 from nvlm_train.model.vision import InternVit
 from nvlm_train.recipe.resolve import Resolved, check_resume, recipe_to_dict
 from nvlm_train.recipe.schema import Recipe
@@ -298,6 +301,7 @@ class Built:
     dtype: torch.dtype
     groups: list[dict[str, Any]]
     cache: FeatureCache | None = None
+    draws: Draws | None = None  # what dropout is told at each step; None where there is none
 
 
 def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weights, *, skip_trained: bool) -> Built:
@@ -306,13 +310,15 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     skip_trained: a checkpoint follows that brings all trained weights.
     """
     dtype = DTYPES[recipe.precision]
+    four_bits = recipe.train.quantize == "nf4"
     began = time.monotonic()
     with ReadOncePerNode(weights, world, recipe.distributed.timeout_s) as shared:
         tower = None
         if recipe.tower_is_replicated:
             with dist.agreed(world, "loading the vision tower"):
                 tower = _frozen_tower(recipe, shared, dtype, world.device)
-        with zero.partitioned_at_birth(resolved.deepspeed, world.device, dtype):
+        made = zero.partitioned_at_birth(resolved.deepspeed, world.device, dtype)
+        with torch.device("meta") if four_bits else made:
             model = class_of(recipe.model)(
                 recipe.model,
                 with_vision=tower is None,
@@ -320,9 +326,12 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
                 tiles_per_chunk=recipe.vision_tiles_per_chunk,
                 kernels=recipe.kernels,
             )
+            draws = lora.add_adapters(model, recipe.model, recipe.train)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(getattr(recipe.train, module_of(name)) == "full")
+            parameter.requires_grad_(lora.is_trained(name, recipe.train.modes[module_of(name)]))
         slice_of, write = zero.write_slice(world)
+        if four_bits:
+            write = _first(hold_in_nf4(model, world.device, dtype), write)
         skipped = {name for name, p in model.named_parameters() if p.requires_grad} if skip_trained else set()
         with dist.agreed(world, "loading weights"):
             fill(model, shared, recipe.model, recipe.seed, slice_of, write, skip=skipped)
@@ -334,7 +343,19 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     cache = open_cache(recipe, tower, dtype)
     compare_calls_s = recipe.debug.collectives_timeout_s if recipe.debug.collectives else None
     engine = zero.build(model, optimizer, resolved.deepspeed, world, compare_calls_s)
-    return Built(engine, tower, dtype, groups, cache)
+    return Built(engine, tower, dtype, groups, cache, draws)
+
+
+def _first(
+    quantize: Callable[[torch.nn.Parameter, Tensor], bool], write: Callable[[torch.nn.Parameter, Tensor], None]
+) -> Callable[[torch.nn.Parameter, Tensor], None]:
+    """Writes through `quantize` what it takes, all else through `write`."""
+
+    def both(parameter: torch.nn.Parameter, value: Tensor) -> None:
+        if not quantize(parameter, value):
+            write(parameter, value)
+
+    return both
 
 
 def _frozen_tower(recipe: Recipe, weights: Weights, dtype: torch.dtype, device: torch.device) -> InternVit:
@@ -369,6 +390,7 @@ def describe(built: Built, resolved: Resolved, progress: Progress, data: dict[st
         "data": data,
         "adam_step": progress.adam_step,
         "zero_stage": built.engine.stage,
+        "lora": lora.scales(resolved.recipe.train),
         "groups": [
             {"name": g["name"], "peak_lr": g["peak_lr"], "weight_decay": g["weight_decay"], "names": g["names"]}
             for g in built.groups

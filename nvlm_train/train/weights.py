@@ -16,6 +16,7 @@ from nvlm_train.engine.optim import module_of
 from nvlm_train.errors import CheckpointError
 from nvlm_train.hub import fetch, local_folder
 from nvlm_train.log import get_logger
+from nvlm_train.model import lora
 from nvlm_train.model.pretrained import (
     Account,
     Weights,
@@ -55,9 +56,10 @@ def open_weights(recipe: Recipe, goes_on_from: Path | None = None) -> Weights:
     if goes_on_from is not None:
         own = checkpoint.open_checkpoint(goes_on_from)
         if own.self_contained:
-            return own
+            return own.without_adapters() if own.adapters else own  # the checkpoint brings the adapters
     parts: list[Weights] = []
-    earlier = None
+    earlier: Weights | None = None
+    trained: set[str] = set()
     begin = recipe.init_from
     if begin.run is not None:
         brought = {
@@ -67,8 +69,12 @@ def open_weights(recipe: Recipe, goes_on_from: Path | None = None) -> Weights:
             "cross_attention.": begin.model,
         }
         without = tuple(prefix for prefix, by in brought.items() if by is not None)
-        earlier = checkpoint.open_checkpoint(local_folder(begin.run.path), without=without)
-        parts.append(_Only(earlier, sorted(set(earlier.names()) - earlier.trained)))
+        opened = checkpoint.open_checkpoint(local_folder(begin.run.path), without=without)
+        earlier, trained = opened, opened.trained
+        if begin.adapters == "continue":
+            _check_continued(recipe, opened)
+            earlier, trained = opened.without_adapters(), set(opened.checkpoint.shapes)
+        parts.append(_Only(earlier, sorted(set(earlier.names()) - trained)))
     if begin.model is not None:
         parts.append(open_model_folder(_weights_folder(begin.model.path, "model"), recipe.model))
     if begin.vision is not None:
@@ -77,8 +83,29 @@ def open_weights(recipe: Recipe, goes_on_from: Path | None = None) -> Weights:
         folder = _weights_folder(begin.language_model.path, "language_model")
         parts.append(open_language_model_folder(folder, recipe.model.language_model))
     if earlier is not None:
-        parts.append(_Only(earlier, sorted(earlier.trained)))
+        parts.append(_Only(earlier, sorted(trained)))
     return merge(*parts)
+
+
+def _check_continued(recipe: Recipe, earlier: checkpoint.CheckpointWeights) -> None:
+    """Raises CheckpointError where the adapters of an earlier run are not those that this recipe would train on."""
+    path = recipe.init_from.run.path if recipe.init_from.run is not None else ""
+    if not earlier.adapters:
+        raise CheckpointError(
+            f"init_from.adapters is 'continue', but {path} has no LoRA adapters; remove it, or name a run that has"
+        )
+    wanted = lora.scales(recipe.train)
+    there = {a.split(".", 1)[0]: scale for a, _, scale in earlier.adapters.values()}
+    problems = [
+        f"{module}: alpha / rank is {there.get(module, 'none')} in {path}, {wanted.get(module, 'none')} in the recipe"
+        for module in sorted({*there, *wanted})
+        if there.get(module) != wanted.get(module)
+    ]
+    if problems:
+        raise CheckpointError(
+            "init_from.adapters is 'continue', but the adapters differ:\n  " + "\n  ".join(problems)
+            + "\ngive the same train.lora, or init_from.adapters: merge"
+        )  # fmt: skip
 
 
 def _weights_folder(path: str, name: str) -> Path:
@@ -93,18 +120,28 @@ def account_for_weights(recipe: Recipe, weights: Weights) -> Account:
 
     A module may be new as a whole, but not where it is frozen: it would stay as random as it began.
     """
-    found = account(
-        expected_shapes(recipe.model), weights, ("projector.", "cross_attention.", "vision_model.", "language_model.")
-    )
+    modules = ("projector.", "cross_attention.", "vision_model.", "language_model.")
+    found = account(expected_shapes(recipe.model), _without_adapters(weights), modules)
     new = {module_of(name) for name in found.initialised}
     for module in sorted(new):
-        if getattr(recipe.train, module) == "frozen":
+        if recipe.train.modes[module] != "full":
             key = "run" if module in ("projector", "cross_attention") else module
             raise CheckpointError(
-                f"train.{module} is 'frozen', but nothing gives it weights, so it would stay random; name them in "
-                f"init_from.{key}, or train it"
+                f"train.{module} is {recipe.train.modes[module]!r}, but nothing gives it weights, so it would stay "
+                f"random; name them in init_from.{key}, or train it"
             )
-    return found
+    adapters = account(lora.adapter_shapes(recipe.model, recipe.train), _adapters_alone(weights), ("",))
+    return Account(
+        sorted(found.loaded + adapters.loaded), sorted(found.initialised + adapters.initialised), found.ignored
+    )
+
+
+def _without_adapters(weights: Weights) -> Weights:
+    return _Only(weights, [name for name in weights.names() if not lora.is_adapter(name)])
+
+
+def _adapters_alone(weights: Weights) -> Weights:
+    return _Only(weights, [name for name in weights.names() if lora.is_adapter(name)])
 
 
 def account_table(found: Account, weights: Weights) -> list[str]:

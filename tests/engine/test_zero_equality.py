@@ -209,11 +209,13 @@ def test_every_placement_of_images_equals_plain_pytorch(tower: str, language_mod
     _check_assignments(tower, language_model, checkpointing, every=True)
 
 
-def test_tied_heads_and_recomputation_equal_plain_pytorch() -> None:
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_tied_heads_and_recomputation_equal_plain_pytorch(checkpointing: str) -> None:
     expected = _reference_of(7, 2, "full", "full", True, 0.0)
     train = {"vision": "full", "projector": "full", "language_model": "full"}
     found = run_distributed(
-        2, JOB, steps=_steps(7), stage=3, train=train, tied=True, checkpointing="full", clip=0.0, gradients_of=(0, 1)
+        2, JOB, steps=_steps(7), stage=3, train=train, tied=True, checkpointing=checkpointing, clip=0.0,
+        gradients_of=(0, 1),
     )[0]  # fmt: skip
     # Worst cases measured: losses 5.7e-7, gradients 0.084 of the bound
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=0, atol=1e-5)

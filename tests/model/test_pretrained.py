@@ -85,14 +85,19 @@ def test_round_trip_through_folders(config: schema.Model, num_shards: int, tmp_p
     assert weights.where(first) == f"{tmp_path / 'l' / shard}:{first.removeprefix('language_model.')}"
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("shard_size", ["5GB", "20KB"], ids=["one file", "shards"])
-def test_a_folder_that_transformers_wrote(tied: bool, shard_size: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "tied", "shard_size"),
+    [("Qwen2", False, "5GB"), ("Qwen2", False, "20KB"), ("Qwen2", True, "5GB"), ("Qwen2", True, "20KB"),
+     ("Llama", False, "20KB"), ("Llama", True, "5GB")],
+)  # fmt: skip
+def test_a_folder_that_transformers_wrote(family: str, tied: bool, shard_size: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    config = make_config(tie_word_embeddings=tied).language_model
-    theirs = transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(
+    whole = make_config(tie_word_embeddings=tied, model_type=family.lower())
+    config = whole.language_model
+    theirs = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(
             **LANGUAGE_MODEL,
+            max_position_embeddings=config.max_position_embeddings,
             tie_word_embeddings=tied,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         )
@@ -101,10 +106,10 @@ def test_a_folder_that_transformers_wrote(tied: bool, shard_size: str, tmp_path:
     assert ("rope_theta" in json.loads((tmp_path / "config.json").read_text())) is False  # only in rope_parameters
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "20KB")
     weights = open_language_model_folder(tmp_path, config)
-    model = NvlmD(make_config(tie_word_embeddings=tied), with_vision=False)
+    model = NvlmD(whole, with_vision=False)
     names = {n: tuple(p.shape) for n, p in model.named_parameters()}
     account(names, weights)
-    load_into(model, weights, make_config(tie_word_embeddings=tied), seed=0)
+    load_into(model, weights, whole, seed=0)
     state = theirs.state_dict()
     for name, tensor in model.language_model.state_dict().items():
         assert torch.equal(tensor, state[name]), name

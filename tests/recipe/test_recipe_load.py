@@ -192,8 +192,7 @@ ADDED = [
         "train: {vision: frozen, projector: frozen, language_model: frozen}",
         [
             "r.yaml:24 train: freezes every module, so nothing would be trained; set one of vision, projector, "
-            "language_model to "
-            "full"
+            "language_model to full or lora"
         ],
     ),
     (
@@ -274,7 +273,7 @@ MODEL = [
     (
         "optimizer.module_lr.vision=1",
         "optimizer.module_lr.vision: 1 has no effect, because train.vision is frozen; remove it, "
-        "or set train.vision: full",
+        "or set train.vision: full or lora",
     ),
     (
         "model.vision=internvit_6b",
