@@ -143,7 +143,8 @@ def gathers(*, rank: int, world_size: int, train: dict[str, str]) -> dict[str, f
             name: -(-full_shape(p).numel() // world_size) * world_size for name, p in engine.module.named_parameters()
         }
         layers = sum(n for name, n in numel.items() if ".layers." in name)
-        # outside of the layers nothing runs again: the embedding once (its backward needs no weight), all else twice
-        once = numel["language_model.model.embed_tokens.weight"]
-        found[mode] = (counted - 2 * (sum(numel.values()) - layers - once) - once) / layers
+        # outside of the layers nothing runs again: all twice, a frozen embedding once (it has no backward)
+        embedding = numel["language_model.model.embed_tokens.weight"] * (train["language_model"] == "frozen")
+        found[mode] = (counted - 2 * (sum(numel.values()) - layers) + embedding) / layers
+        found["down_proj"] = sum(n for name, n in numel.items() if ".down_proj." in name) / layers
     return found
