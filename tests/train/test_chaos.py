@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from nvlm_train import checkpoint
-from runs import metrics, trajectory, write_inputs
+from runs import trajectory, write_inputs
 from zygote import Job, Zygote
 
 KINDS = ("kill", "kill", "term", "term one", "usr2", "file", "full disk", "freeze")
@@ -75,12 +75,10 @@ def fill(disk: Path) -> Path | None:
     return ballast
 
 
-def wait_for_step(run: Path, step: int, job: Job) -> None:
+def wait_for_step(step: int, job: Job) -> None:
+    """Waits until this attempt has come so far; metrics.jsonl may still hold more of the one before."""
     until = time.monotonic() + 240
-    while None in job.codes() and time.monotonic() < until:
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            if metrics(run)[-1:] and metrics(run)[-1]["step"] >= step:
-                return
+    while None in job.codes() and time.monotonic() < until and f" step {step}/" not in job.text():
         time.sleep(0.02)
 
 
@@ -166,7 +164,7 @@ def chaos(
         log = disk.parent / f"log_{number}"
         job = zygote.start([*words, f"output_dir={run}"], ranks=ranks, log=log, samples=samples, fault=fault)
         if step > done:
-            wait_for_step(run, step, job)
+            wait_for_step(step, job)
         time.sleep(dice.random() * 0.3)
         codes = interrupt(kind, job, run, disk, rank, inject)
         saved = checkpoint.committed_steps(run)
