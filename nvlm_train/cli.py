@@ -486,9 +486,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = VERBS[name].run(args)
         sys.stdout.flush()
         return code
-    except (
-        BrokenPipeError
-    ):  # the reader (`| head`) has seen enough; keep Python from complaining while it closes stdout
+    except BrokenPipeError:
+        # the reader (`| head`) has seen enough; keep Python from complaining while it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (NvlmError, OSError) as error:
