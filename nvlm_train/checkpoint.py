@@ -6,10 +6,14 @@
     RUN/step_N/weights/         fp32 master and Adam moments of every trained parameter (torch.distributed.checkpoint)
     RUN/step_N/state.json       step, shapes, groups, data position, and a manifest with size and SHA-256 of each file
     RUN/step_N/COMMITTED        written last: a checkpoint without it does not exist
+    RUN/weights_N/              the same with bf16 weights alone: exportable, not resumable
+    RUN/base/                   copies of the frozen weights, with `checkpoint.base: copy`
+    RUN/set_aside/              what going back to a step or a crash has left: nothing here is read again
 
-A save has two phases: all ranks write and fsync into a temporary folder; only after every rank has reported success
-does rank 0 write the manifest, rename the folder and set the marker. A save that is interrupted anywhere leaves the
-previous checkpoint untouched. Imports torch, never deepspeed, so that export and verify run on a laptop.
+A save has two phases: all ranks write and fsync into a temporary folder; only after every rank has reported size and
+checksum does rank 0 write the manifest, rename the folder and set the marker. A save that is interrupted anywhere
+leaves the previous checkpoint untouched. Files are written by a thread, so that training can go on meanwhile. The
+format is torch.distributed.checkpoint's. Imports torch, never deepspeed, so that export and verify run on a laptop.
 """
 
 from __future__ import annotations
@@ -19,30 +23,40 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import pickle
+import platform
+import re
 import shutil
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
-from nvlm_train.errors import CheckpointError
+from nvlm_train.errors import CheckpointError, PeerError
 
 FORMAT = 1
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
@@ -99,19 +113,22 @@ def sha256(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------- finding checkpoints
 
 
-def committed_steps(run: Path) -> list[int]:
-    """Steps of the complete checkpoints in a run directory, ascending."""
+_NAME = r"(step|weights)_\d+"  # of a checkpoint's folder
+
+
+def committed_steps(run: Path, kind: str = "step") -> list[int]:
+    """Steps of the complete checkpoints in a run directory, ascending; with kind "weights" those of its milestones."""
     if not run.is_dir():
         return []
-    return sorted(
-        int(folder.name.removeprefix("step_"))
-        for folder in run.iterdir()
-        if folder.name.removeprefix("step_").isdigit() and (folder / COMMITTED).is_file()
-    )
+    names = [folder.name for folder in run.iterdir() if (folder / COMMITTED).is_file()]
+    return sorted(int(found[1]) for name in names if (found := re.fullmatch(rf"{kind}_(\d+)", name)))
 
 
 def find_step(path: str | Path) -> Path:
-    """The checkpoint folder that RUN, RUN/step_N or RUN/best names; of a run the newest. Raises CheckpointError."""
+    """The checkpoint folder that RUN, RUN/step_N, RUN/weights_N or RUN/best names; of a run the newest step.
+
+    Raises CheckpointError.
+    """
     path = Path(path)
     if path.name == "best" and not path.is_dir():
         newest = find_step(path.parent)
@@ -119,11 +136,11 @@ def find_step(path: str | Path) -> Path:
         if best is None:
             raise CheckpointError(f"{path.parent} has no best checkpoint: no validation has run; name {newest}")
         path = path.parent / f"step_{best}"
-    if path.name.startswith("step_"):
+    if re.fullmatch(_NAME, path.name):
         if (path / COMMITTED).is_file():
             return path
         state = "was never completed" if path.is_dir() else "does not exist"
-        others = ", ".join(f"step_{step}" for step in committed_steps(path.parent)) or "none"
+        others = ", ".join(f"{kind}_{step}" for kind in KINDS for step in committed_steps(path.parent, kind)) or "none"
         raise CheckpointError(f"checkpoint {path} {state}; complete checkpoints in {path.parent}: {others}")
     steps = committed_steps(path)
     if not steps:
@@ -133,26 +150,285 @@ def find_step(path: str | Path) -> Path:
 
 # --------------------------------------------------------------------------------------------------------------- saving
 
+# what a folder of a save holds: `step_N` goes on, `weights_N` is a milestone to export or to start a new run from
+KINDS: dict[str, tuple[tuple[str, ...], torch.dtype]] = {
+    "step": (STATE_KEYS, torch.float32),
+    "weights": (("master",), torch.bfloat16),
+}
+
+
+def bytes_per_parameter(kind: str) -> int:
+    """Bytes that a save of this kind takes for each trained parameter, over all ranks: 12 or 2."""
+    keys, dtype = KINDS[kind]
+    return len(keys) * dtype.itemsize
+
 
 @contextmanager
 def _together(gather: Callable[[Any], list[Any]], rank: int, what: str) -> Iterator[None]:
     """Runs a part of a save on every rank; when it failed on any of them it fails on all, with each one's cause."""
-    causes: dict[int, str] = {}
+    cause = None
     try:
         yield
-    except CheckpointException as error:  # DCP's, a BaseException: it brings what failed on every rank
-        causes = {number: _cause(failure[0]) for number, failure in error.failures.items()}
     except Exception as error:
-        causes = {rank: _cause(error)}
-    for found in gather(causes):
-        causes |= found
-    if causes:
-        lines = "; ".join(f"rank {number}: {cause}" for number, cause in sorted(causes.items()))
-        raise CheckpointError(f"{what} failed, the previous checkpoint is untouched: {lines}")
+        cause = _cause(error)
+    _require_success(gather(cause), what)
+
+
+def _require_success(causes: list[str | None], what: str) -> None:
+    failed = [f"rank {rank}: {cause}" for rank, cause in enumerate(causes) if cause is not None]
+    if failed:
+        raise CheckpointError(f"{what} failed, the previous checkpoint is untouched: {'; '.join(failed)}")
 
 
 def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip()
+
+
+class Save:
+    """One save on its way to disk, as this rank sees it. Every rank makes one at the same step boundary.
+
+    Files are touched by a thread, ranks talk in the thread that calls these methods: `begin` starts writing this
+    rank's slices; when all ranks are `ready` each calls `advance`, which exchanges size and checksum and lets rank 0
+    write the manifest, rename the folder and set the marker; when all are `ready` again the next `advance` returns
+    True: the checkpoint exists. `wait` does all of it at once. Every method but `ready` is called by all ranks
+    together, and what fails on one raises the same CheckpointError on all; nothing of the save is left then.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        step: int,
+        shapes: Mapping[str, Iterable[int]],
+        state: Mapping[str, Any],
+        *,
+        rank: int,
+        world_size: int,
+        gather: Callable[[Any], list[Any]],
+        kinds: Sequence[str] = ("step",),
+        committed: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Makes the folders after looking for space. shapes: full shape of each parameter. state: whatever else belongs
+        into state.json. kinds: of `KINDS`. committed: called in rank 0's thread once the marker is set (pruning).
+        """
+        self.run, self.step, self.kinds = run, step, tuple(kinds)
+        self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+        self.paths = [run / f"{kind}_{step}" for kind in kinds]
+        self.bytes = 0  # of all ranks' weights, once they are written
+        self.began = time.monotonic()
+        self._state = json.loads(json.dumps({**state, "step": step, "world_size": world_size}))  # as it is now
+        self._rank, self._world_size, self._gather, self._committed = rank, world_size, gather, committed
+        self._what = f"saving {' and '.join(str(path) for path in self.paths)}"
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+        self._abandoned = threading.Event()
+        self._reports: dict[str, _Report] | None = None
+        with self._undone_on_error(), _together(gather, rank, self._what):
+            if rank == 0:
+                self._prepare()
+
+    def begin(self, slices: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Starts writing. slices: {name: {STATE_KEYS: f32[n]}}, this rank's part of each flattened parameter, in memory
+        that nobody changes until all ranks are ready."""
+        self._reports = {}
+        self._start(self._write, slices)
+
+    def ready(self) -> bool:
+        """Whether this rank's files are written, or it has none to write just now."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def advance(self) -> bool:
+        """Goes on once every rank is ready; True when the checkpoint is committed."""
+        with self._undone_on_error():
+            found = self._gather((self._error, self._reports))
+            _require_success([error for error, _ in found], self._what)
+            if self._reports is None:
+                return True
+            self._reports = None
+            reports = [report for _, report in found]
+            self.bytes = sum(part.bytes for report in reports for part in report.values())
+            if self._rank == 0:
+                self._start(self._commit, reports)
+        return False
+
+    def wait(self, limit_s: float = math.inf, alive: Callable[[], object] = lambda: None) -> None:
+        """Goes on to the end. alive: called whenever the ranks have heard of each other."""
+        pause = 0.001
+        while True:
+            found = self._gather((self.ready(), self.late(limit_s)))
+            alive()
+            if all(ready for ready, _ in found):
+                pause = 0.001
+                if self.advance():
+                    return
+            elif found[0][1]:  # by rank 0's clock
+                self.raise_late(limit_s)
+            if self._thread is None:
+                time.sleep(pause)
+            else:
+                self._thread.join(pause)
+            pause = min(2 * pause, 0.25)
+
+    def late(self, limit_s: float) -> bool:
+        """Whether this save has taken longer than it may."""
+        return time.monotonic() - self.began > limit_s
+
+    def raise_late(self, limit_s: float) -> None:
+        """Raises PeerError on every rank, naming those that have not finished."""
+        waiting = self._gather(None if self.ready() else platform.node())
+        ranks = ", ".join(f"rank {rank} on {host}" for rank, host in enumerate(waiting) if host is not None)
+        self._abandoned.set()
+        raise PeerError(
+            f"{self._what}: {ranks or 'every rank'} did not finish within checkpoint.timeout_s {limit_s:g}; the "
+            f"previous checkpoint is untouched. Look at the file system there, or raise checkpoint.timeout_s"
+        )
+
+    def abandon(self) -> None:
+        """Lets go of a save that will never be committed, because the run ends with an error."""
+        self._abandoned.set()
+        if self._thread is not None:
+            self._thread.join(5)
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            if self._rank == 0:
+                for path in self.paths:
+                    shutil.rmtree(_temporary(path), ignore_errors=True)
+            raise
+
+    def _start(self, work: Callable[[Any], None], argument: Any) -> None:
+        def run() -> None:
+            try:
+                work(argument)
+            except Exception as error:
+                self._error = _cause(error)
+
+        # a daemon: a file system that never answers must not keep the process from ending
+        self._thread = threading.Thread(target=run, name=f"saving step {self.step}", daemon=True)
+        self._thread.start()
+
+    def _prepare(self) -> None:
+        self.run.mkdir(parents=True, exist_ok=True)
+        set_leftovers_aside(self.run)
+        parameters = sum(shape.numel() for shape in self.shapes.values())
+        _require_space(self.run, parameters * sum(map(bytes_per_parameter, self.kinds)))
+        for path in self.paths:
+            (_temporary(path) / "weights").mkdir(parents=True)
+
+    def _write(self, slices: Mapping[str, Mapping[str, Tensor]]) -> None:
+        assert self._reports is not None
+        for kind, path in zip(self.kinds, self.paths, strict=True):
+            keys, dtype = KINDS[kind]
+            parts = (slices[name][key] for name in self.shapes for key in keys)
+            file = _temporary(path) / "weights" / _file_name(self._rank)
+            self._reports[kind] = _write_parts(file, parts, dtype, self._abandoned)
+
+    def _commit(self, reports: Sequence[Mapping[str, _Report]]) -> None:
+        for kind, path in zip(self.kinds, self.paths, strict=True):
+            files = {_file_name(rank): report[kind] for rank, report in enumerate(reports)}
+            _commit(path, self._state, self.shapes, kind, files)
+        self._committed()
+
+
+class _Report(NamedTuple):
+    """What a rank tells of its file: enough for rank 0 to write torch's metadata without having seen a tensor."""
+
+    bytes: int
+    sha256: str
+    parts: list[tuple[int, int]]  # elements and stored bytes of each parameter and key, in the order of the shapes
+
+
+class _HashedFile:
+    """What torch.save writes into: a file and, on the way, its size and SHA-256."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.digest, self.bytes = stream, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.stream.write(data)
+        self.digest.update(data)
+        self.bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def _write_parts(file: Path, parts: Iterable[Tensor], dtype: torch.dtype, abandoned: threading.Event) -> _Report:
+    """Writes this rank's slices one behind the other, each as torch.save does, and fsyncs. Empty ones are left out."""
+    found = []
+    with file.open("wb") as stream:
+        hashed = _HashedFile(stream)
+        for part in parts:
+            if abandoned.is_set():
+                raise CheckpointError("abandoned")
+            begin = hashed.bytes
+            if part.numel():
+                # a copy of its own: torch.save would write the whole buffer that a slice is cut from
+                torch.save(part.detach().to(dtype, copy=True), hashed)  # type: ignore[arg-type]
+            found.append((part.numel(), hashed.bytes - begin))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return _Report(hashed.bytes, hashed.digest.hexdigest(), found)
+
+
+def _commit(
+    path: Path, state: Mapping[str, Any], shapes: Mapping[str, torch.Size], kind: str, files: Mapping[str, _Report]
+) -> None:
+    """Makes a checkpoint of what all ranks have written: torch's metadata, manifest, rename, marker."""
+    temporary = _temporary(path)
+    keys, dtype = KINDS[kind]
+    content = pickle.dumps(_metadata(shapes, keys, dtype, files))
+    with (temporary / "weights" / ".metadata").open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    manifest = {name: {"bytes": report.bytes, "sha256": report.sha256} for name, report in files.items()}
+    manifest[".metadata"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    whole: dict[str, Any] = {"format": FORMAT, "kind": kind, **state}
+    whole["shapes"] = {name: list(shape) for name, shape in shapes.items()}
+    whole["files"] = dict(sorted(manifest.items()))
+    _sync_folder(temporary / "weights")
+    write_json(temporary / "state.json", whole)
+    _remove(path)  # a milestone that an earlier attempt has written after its last checkpoint
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+    (path / COMMITTED).touch()
+    _sync_folder(path)
+
+
+def _metadata(
+    shapes: Mapping[str, torch.Size], keys: Sequence[str], dtype: torch.dtype, files: Mapping[str, _Report]
+) -> Metadata:
+    """torch's description of the flattened tensors "KEY/NAME": where the slices of each begin, in the tensor and in the
+    ranks' files. Raises CheckpointError when the ranks' slices do not make up a tensor."""
+    tensors: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    places = dict.fromkeys(files, 0)
+    for number, (name, key) in enumerate((name, key) for name in shapes for key in keys):
+        chunks: list[ChunkStorageMetadata] = []
+        begin = 0
+        for file, report in files.items():
+            elements, size = report.parts[number]
+            if elements:
+                offset = torch.Size([begin])
+                storage[MetadataIndex(f"{key}/{name}", offset, len(chunks))] = _StorageInfo(file, places[file], size)
+                chunks.append(ChunkStorageMetadata(offset, torch.Size([elements])))
+            begin, places[file] = begin + elements, places[file] + size
+        if begin != shapes[name].numel():
+            raise CheckpointError(f"the ranks hold {begin} elements of {name}, its shape is {list(shapes[name])}")
+        tensors[f"{key}/{name}"] = TensorStorageMetadata(TensorProperties(dtype), torch.Size([begin]), chunks)
+    return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+
+
+def _file_name(rank: int) -> str:
+    return f"__{rank}_0.distcp"
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".saving_{path.name}")
 
 
 def save(
@@ -161,109 +437,83 @@ def save(
     slices: Mapping[str, Mapping[str, Tensor]],
     shapes: Mapping[str, Iterable[int]],
     state: Mapping[str, Any],
-    *,
-    rank: int,
-    world_size: int,
-    control: dist.ProcessGroup | None,
-    gather: Callable[[Any], list[Any]],
+    **more: Any,
 ) -> Path:
-    """Saves RUN/step_N; every rank calls it at the same step boundary.
+    """Saves RUN/step_N and waits until it is there. See `Save`, which is given the rest."""
+    saving = Save(run, step, shapes, state, **more)
+    saving.begin(slices)
+    saving.wait()
+    return saving.paths[0]
 
-    slices: {name: {"master" | "exp_avg" | "exp_avg_sq": f32[n]}}, this rank's part of each flattened parameter.
-    shapes: full shape of each parameter. state: whatever else belongs into state.json.
-    Raises CheckpointError on every rank when it failed on any; the checkpoint then does not exist.
+
+def _require_space(run: Path, needed: int) -> None:
+    """Raises OSError before a byte is written when the file system has no room for what is to come.
+
+    What a crash has left makes room first: it can never be loaded, and must not keep the run from going on.
     """
-    final, temporary = run / f"step_{step}", run / f".saving_step_{step}"
-    what = f"saving {final}"
-    mesh = _mesh(world_size, control)  # talks to the other ranks, so nothing that can fail on one comes before
-    try:
-        with _together(gather, rank, what):
-            if rank == 0:
-                for leftover in (temporary, final):  # of a crash: never a complete checkpoint, see COMMITTED
-                    if leftover.exists() and not (leftover / COMMITTED).exists():
-                        shutil.rmtree(leftover)
-                (temporary / "weights").mkdir(parents=True)
-                _require_space(run, sum(torch.Size(shape).numel() for shape in shapes.values()) * 4 * len(STATE_KEYS))
-        with _together(gather, rank, what):
-            tensors = {
-                f"{key}/{name}": _sharded(mesh, part, torch.Size(shapes[name]).numel())
-                for name, parts in slices.items()
-                for key, part in parts.items()
-            }
-        with _together(gather, rank, what):
-            writer = FileSystemWriter(temporary / "weights", sync_files=True)
-            with _quiet_dcp():
-                dcp.save(tensors, storage_writer=writer, process_group=control, no_dist=world_size == 1)
-            own = {
-                path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-                for path in (temporary / "weights").glob(f"__{rank}_*")
-            }
-        manifest = {name: entry for part in gather(own) for name, entry in part.items()}
-        with _together(gather, rank, what):
-            if rank == 0:
-                metadata = temporary / "weights" / ".metadata"
-                manifest[".metadata"] = {"bytes": metadata.stat().st_size, "sha256": sha256(metadata)}
-                content = {"format": FORMAT, "step": step, "world_size": world_size, **state}
-                content["shapes"] = {name: list(shape) for name, shape in shapes.items()}
-                content["files"] = dict(sorted(manifest.items()))
-                write_json(temporary / "state.json", content)
-                _sync_folder(temporary / "weights")
-                os.replace(temporary, final)
-                _sync_folder(run)
-                (final / COMMITTED).touch()
-                _sync_folder(final)
-    except CheckpointError:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
-
-
-def _require_space(folder: Path, needed: int) -> None:
-    """Raises OSError before a byte is written when the file system has no room for what is to come."""
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(run).free
+    if free < needed:
+        _remove_set_aside(run, f"the next checkpoint needs its room, {free / 2**30:.2f} GiB are free")
+        free = shutil.disk_usage(run).free
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"the checkpoint needs {needed / 2**30:.2f} GiB, {folder} has {free / 2**30:.2f} GiB free; make room or "
+            f"the checkpoint needs {needed / 2**30:.2f} GiB, {run} has {free / 2**30:.2f} GiB free; make room or "
             "lower checkpoint.keep_last",
         )
 
 
-@contextmanager
-def _quiet_dcp() -> Iterator[None]:
-    """DCP warns when it runs without a process group, which is meant here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+# ------------------------------------------------------------------------------------- leftovers of a crash, pruning
 
 
-def _mesh(world_size: int, control: dist.ProcessGroup | None) -> DeviceMesh | None:
-    return None if world_size == 1 or control is None else DeviceMesh.from_group(control, "cpu")
+def set_leftovers_aside(run: Path) -> None:
+    """Moves what a crash left of a save to RUN/set_aside/incomplete/; complete checkpoints are never touched.
 
-
-def _sharded(mesh: DeviceMesh | None, part: Tensor, numel: int) -> Tensor:
-    if mesh is None:
-        return part
-    return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=torch.Size([numel]), stride=(1,))
-
-
-def clear_leftovers(run: Path) -> None:
-    """Removes what a crash left of a save or of a removal; complete checkpoints are never touched."""
-    for folder in [*run.glob(".saving_step_*"), *run.glob("step_*")]:
-        if folder.is_dir() and not (folder / COMMITTED).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def prune(run: Path, keep_last: int, keep: Iterable[int] = ()) -> list[int]:
-    """Removes the oldest checkpoints; the newest `keep_last` and those in `keep` stay. Returns the removed steps."""
-    steps = committed_steps(run)
-    removed = [step for step in steps[: max(0, len(steps) - keep_last)] if step not in set(keep)]
-    for step in removed:
-        folder = run / f"step_{step}"
-        (folder / COMMITTED).unlink()  # first, so that a half-removed checkpoint is none
+    Only the newest crash's leftovers are kept, as long as there is room: they can be as large as a checkpoint.
+    """
+    for folder in run.glob(".removing_*"):  # complete checkpoints once, given up on purpose
         shutil.rmtree(folder, ignore_errors=True)
+    found = [folder for folder in run.iterdir() if re.fullmatch(r"(\.saving_)?" + _NAME, folder.name)]
+    found = [folder for folder in found if folder.is_dir() and not (folder / COMMITTED).exists()]
+    if not found:
+        return
+    _remove_set_aside(run, "a later crash has left more")
+    aside = run / "set_aside" / "incomplete"
+    aside.mkdir(parents=True, exist_ok=True)
+    for folder in found:
+        os.replace(folder, aside / folder.name.removeprefix("."))
+    log.warning("set aside in %s what a crash left: %s", aside, ", ".join(folder.name for folder in found))
+
+
+def _remove_set_aside(run: Path, why: str) -> None:
+    folder = run / "set_aside" / "incomplete"
+    if folder.is_dir():
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        names = ", ".join(sorted(entry.name for entry in folder.iterdir()))
+        log.warning("removing %s (%s, %.2f GiB, never complete): %s", folder, names, size / 2**30, why)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def prune(run: Path, keep_last: int, keep: Iterable[int] = (), keep_every_steps: int | None = None) -> list[int]:
+    """Removes old checkpoints; the newest `keep_last`, those in `keep` and every multiple of `keep_every_steps` stay.
+
+    Milestones of weights stay too. Returns the removed steps.
+    """
+    steps = committed_steps(run)
+    kept = {*steps[-keep_last:], *keep}
+    removed = [step for step in steps if step not in kept and (keep_every_steps is None or step % keep_every_steps)]
+    for step in removed:
+        _remove(run / f"step_{step}")
     return removed
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint, as far as readers can see in one step."""
+    if path.exists():
+        gone = path.with_name(f".removing_{path.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -306,6 +556,14 @@ class _Reader(FileSystemReader):
         if getattr(self._metadata, "storage_meta", None) is None:
             self._metadata.storage_meta = StorageMeta()
         return self._metadata
+
+
+@contextmanager
+def _quiet_dcp() -> Iterator[None]:
+    """DCP warns when it runs without a process group, which is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 class _SlicePlanner(LoadPlanner):
@@ -353,6 +611,8 @@ class Checkpoint:
         self.run = self.path.parent
         self.state = read_json(self.path / "state.json")
         self.step = int(self.state["step"])
+        self.kind: str = self.state.get("kind", "step")  # runs of the first version hold nothing else
+        self.dtype = KINDS[self.kind][1]
         self.shapes = {name: torch.Size(shape) for name, shape in self.state["shapes"].items()}
         for name, entry in self.state["files"].items():
             file = self.path / "weights" / name
@@ -378,8 +638,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / 'weights'}: checksum differs from the manifest in {', '.join(wrong)}")
 
     def read_many(self, wanted: Mapping[tuple[str, str], tuple[int, int]]) -> dict[tuple[str, str], Tensor]:
-        """{(name, key): (begin, end)} → {(name, key): f32[end - begin]}, ranges of the flattened parameters."""
-        out = {pair: torch.empty(end - begin, dtype=torch.float32) for pair, (begin, end) in wanted.items()}
+        """{(name, key): (begin, end)} → {(name, key): [end - begin]}, ranges of the flattened parameters.
+
+        Of a milestone bf16 and "master" alone, else f32.
+        """
+        out = {pair: torch.empty(end - begin, dtype=self.dtype) for pair, (begin, end) in wanted.items()}
         ranges = {
             f"{key}/{name}": (wanted[name, key][0], tensor) for (name, key), tensor in out.items() if tensor.numel()
         }
@@ -394,9 +657,14 @@ class Checkpoint:
         return out
 
     def read_master(self, name: str) -> Tensor:
-        """The fp32 master of one trained parameter in its full shape."""
+        """One trained parameter in its full shape: the fp32 master, of a milestone its bf16 rounding."""
         shape = self.shapes[name]
         return self.read_many({(name, "master"): (0, shape.numel())})[name, "master"].view(shape)
+
+    def read_slice(self, name: str, begin: int, end: int) -> Tensor:
+        """Elements begin to end of the flattened `read_master`, cut where it ends; only they are read."""
+        end = min(end, self.shapes[name].numel())
+        return self.read_many({(name, "master"): (min(begin, end), end)})[name, "master"]
 
 
 # --------------------------------------------------------------------------------------------- all weights of a run
@@ -406,6 +674,7 @@ def write_base(
     run: Path,
     frozen: Mapping[str, str],
     *,
+    copy: bool = False,
     rank: int = 0,
     world_size: int = 1,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
@@ -413,8 +682,9 @@ def write_base(
     """Writes RUN/base.json: where each frozen weight comes from. On a later start: checks that it is still the same.
 
     frozen: {our name: "FILE:KEY"} for a tensor of a safetensors file, {our name: "RUN/step_N:NAME"} for a weight that
-    an earlier run of ours trained. Every rank calls it and hashes its share of the files. Files may have moved; raises
-    CheckpointError, on every rank, where their content differs.
+    an earlier run of ours trained. copy: they are copied to RUN/base as well, once. Every rank calls it and hashes and
+    copies its share of the files. Files may have moved, and be gone where there is a copy; raises CheckpointError, on
+    every rank, where their content differs.
     """
     path = run / "base.json"
     split = {name: where.rsplit(":", 1) for name, where in frozen.items()}
@@ -426,11 +696,16 @@ def write_base(
         known = before["files"] if before is not None else {}
         with ThreadPoolExecutor(4) as pool:
             own = files[rank::world_size]
-            mine = dict(zip(own, pool.map(lambda file: _identity(file, known.get(file)), own), strict=True))
+            mine = dict(zip(own, pool.map(lambda file: _identity(run, file, known.get(file)), own), strict=True))
     entries = {file: entry for part in gather(mine) for file, entry in part.items()}
     tensors = {name: {"file": place, "key": key} for name, (place, key) in sorted(places.items())}
     if before is not None:
         _require_same_base(run, before, entries, tensors)
+    with _together(gather, rank, f"copying the frozen weights of {run}"):
+        copies = {file: _copy(run, file, entries[file]) for file in mine} if copy else {}
+    for part in gather(copies):
+        for file, place in part.items():
+            entries[file]["copy"] = place
     with _together(gather, rank, f"writing {path}"):
         if rank == 0:
             write_json(path, {"format": FORMAT, "files": entries, "tensors": tensors})
@@ -453,9 +728,44 @@ def _require_same_base(
         )
 
 
-def _identity(place: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
+def _copy(run: Path, place: str, entry: Mapping[str, Any]) -> str:
+    """Copies a file or a checkpoint of frozen weights below RUN/base; returns where, relative to RUN. Done once."""
+    target = run / "base" / entry["sha256"][:16] / Path(place).name
+    if not target.exists():
+        source = Path(place)
+        size = sum(file.stat().st_size for file in ([source] if source.is_file() else source.rglob("*")))
+        if (free := shutil.disk_usage(run).free) < size:
+            raise OSError(errno.ENOSPC, f"{place} needs {size / 2**30:.2f} GiB, {run} has {free / 2**30:.2f} GiB free")
+        log.info("copying %s to %s, %.1f MB", place, target, size / 1e6)
+        half = target.with_name(target.name + ".tmp")
+        if half.is_dir():
+            shutil.rmtree(half)
+        half.parent.mkdir(parents=True, exist_ok=True)
+        if entry["kind"] == "file":
+            shutil.copyfile(place, half)
+        else:
+            shutil.copytree(place, half)
+        for file in [half, *half.rglob("*")]:
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if sha256(_identity_file(str(half))) != entry["sha256"]:
+            raise CheckpointError(f"the copy of {place} in {half} differs from it; look at the file system of {run}")
+        os.replace(half, target)
+        _sync_folder(target.parent)
+        if entry["kind"] == "run":
+            Checkpoint(target).verify_checksums()
+    return str(target.relative_to(run))
+
+
+def _identity(run: Path, place: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
     """Size, time and SHA-256 of a safetensors file; of a checkpoint those of its state.json, which holds all sums."""
     file = _identity_file(place)
+    if not file.is_file() and known is not None and "copy" in known:
+        copied = _identity_file(str(run / known["copy"]))
+        if not copied.is_file() or sha256(copied) != known["sha256"]:
+            raise CheckpointError(f"{copied}, the run's copy of {place}, is missing or has changed")
+        return dict(known)
     found = file.stat()
     if known is not None and (known["bytes"], known["mtime_ns"]) == (found.st_size, found.st_mtime_ns):
         return dict(known)  # 150 GB need not be read again at every start
@@ -481,14 +791,21 @@ class CheckpointWeights:
         content = read_json(self.checkpoint.run / "recipe.json")
         self.recipe: dict[str, Any] = content["recipe"]
         self.earlier_run: dict[str, Any] | None = content.get("earlier_run")
+        self.continued_from: dict[str, Any] | None = content.get("continued_from")
         base = read_json(self.checkpoint.run / "base.json")
         self.trained = set(self.checkpoint.shapes)
         self._frozen: dict[str, dict[str, str]] = base["tensors"]
         self._runs = {place for place, entry in base["files"].items() if entry["kind"] == "run"}
-        self._earlier: dict[str, CheckpointWeights] = {}
+        copies = {
+            place: str(self.checkpoint.run / entry["copy"]) for place, entry in base["files"].items() if "copy" in entry
+        }
+        self.self_contained = set(copies) == set(base["files"])  # needs no other folder than the run's
+        self._copies = copies
+        self._earlier: dict[str, Checkpoint] = {}
         self._open: dict[str, Any] = {}
         wrong = []
         for file, entry in base["files"].items():
+            file = copies.get(file, file)
             path_ = _identity_file(file)
             if not path_.is_file():
                 wrong.append(f"{file} is missing")
@@ -506,26 +823,25 @@ class CheckpointWeights:
         if name in self.trained:
             return self.checkpoint.shapes[name]
         earlier, entry = self._frozen_place(name)
-        return earlier.shape(entry["key"]) if earlier else torch.Size(self._slice(entry).get_shape())
+        return earlier.shapes[entry["key"]] if earlier else torch.Size(self._slice(entry).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
         if name in self.trained:
-            return torch.float32
+            return self.checkpoint.dtype
         earlier, entry = self._frozen_place(name)
-        return earlier.dtype(entry["key"]) if earlier else self._file(entry["file"]).get_slice(entry["key"])[0:0].dtype
+        return earlier.dtype if earlier else self._file(entry["file"]).get_slice(entry["key"])[0:0].dtype
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, in the dtype in which it is stored."""
         if name in self.trained:
             return self.checkpoint.read_master(name)
         earlier, entry = self._frozen_place(name)
-        return earlier.read(entry["key"]) if earlier else self._file(entry["file"]).get_tensor(entry["key"])
+        return earlier.read_master(entry["key"]) if earlier else self._file(entry["file"]).get_tensor(entry["key"])
 
     def read_slice(self, name: str, begin: int, end: int) -> Tensor:
         """Elements begin to end of the flattened tensor; of a trained one only they are read."""
         if name in self.trained:
-            end = min(end, self.checkpoint.shapes[name].numel())
-            return self.checkpoint.read_many({(name, "master"): (min(begin, end), end)})[name, "master"]
+            return self.checkpoint.read_slice(name, begin, end)
         earlier, entry = self._frozen_place(name)
         return earlier.read_slice(entry["key"], begin, end) if earlier else self.read(name).flatten()[begin:end]
 
@@ -536,20 +852,21 @@ class CheckpointWeights:
         entry = self._frozen[name]
         return f"{entry['file']}:{entry['key']}"
 
-    def _frozen_place(self, name: str) -> tuple[CheckpointWeights | None, dict[str, str]]:
+    def _frozen_place(self, name: str) -> tuple[Checkpoint | None, dict[str, str]]:
         try:
             entry = self._frozen[name]
         except KeyError:
             raise CheckpointError(f"{self.path} holds no weight named {name}") from None
         if entry["file"] not in self._runs:
             return None, entry
-        if entry["file"] not in self._earlier:
-            self._earlier[entry["file"]] = CheckpointWeights(entry["file"])
-        return self._earlier[entry["file"]], entry
+        place = self._copies.get(entry["file"], entry["file"])
+        if place not in self._earlier:
+            self._earlier[place] = Checkpoint(place)
+        return self._earlier[place], entry
 
     def _file(self, file: str) -> Any:
         if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
+            self._open[file] = safe_open(self._copies.get(file, file), framework="pt")
         return self._open[file]
 
     def _slice(self, entry: dict[str, str]) -> Any:

@@ -56,12 +56,28 @@ def _data(name: str) -> Callable[[argparse.Namespace], int]:
 
 def _train(args: argparse.Namespace) -> int:
     from nvlm_train.recipe.load import load_recipe
+    from nvlm_train.recipe.resolve import refuse_unsupported
 
     loaded = load_recipe(args.recipe, args.overrides)  # before torch: a typing mistake shows at once
+    refuse_unsupported(loaded)
 
+    if args.skip_steps and args.from_ is None:
+        raise SetupError(
+            "--skip-steps: needs --from RUN/step_N, a checkpoint from before these steps; a run that has begun keeps "
+            "its own data"
+        )
+    if args.replay is not None:
+        if args.from_ is not None or args.resume != "auto":
+            raise SetupError("--replay: changes nothing and starts nothing, so it takes neither --from nor --resume")
+        from nvlm_train.train.replay import replay
+
+        return replay(loaded, args.replay, args.accept)
+
+    from nvlm_train.train.branch import open_branch
     from nvlm_train.train.loop import train
 
-    return train(loaded, args.resume, args.accept)
+    branch = None if args.from_ is None else open_branch(args.from_, args.skip_steps)
+    return train(loaded, args.resume, args.accept, branch)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -226,6 +242,13 @@ def _resume(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor never nor step_N (step_400, say)")
 
 
+def _stretch(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no stretch of steps A:B with 1 <= A <= B (410:415, say)")
+    return int(first), int(last)
+
+
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
     parser.add_argument(
@@ -242,6 +265,28 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY",
         help="let this `ask` key differ from the run's recipe; may be given several times",
+    )
+
+    parser.add_argument(
+        "--from",
+        dest="from_",
+        metavar="RUN/step_N",
+        help="begin a new run, in an output_dir of its own, with the whole state of this checkpoint: weights, moments, "
+        "schedule, position in the data",
+    )
+    parser.add_argument(
+        "--skip-steps",
+        type=_stretch,
+        action="append",
+        default=[],
+        metavar="A:B",
+        help="with --from: never draw the data of steps A to B (data_step in the metrics); may be given several times",
+    )
+    parser.add_argument(
+        "--replay",
+        metavar="FILE",
+        help="run the step that RUN/nonfinite/step_N.json tells of again, print the loss of each sample and the "
+        "largest gradient of each module, and change nothing",
     )
 
 

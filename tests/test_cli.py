@@ -82,12 +82,29 @@ def test_mistakes_are_told_in_a_line_with_exit_code_2(argv, message, capsys):
 def test_train_takes_flags_anywhere_and_passes_them_on(monkeypatch):
     calls = []
     loop = types.ModuleType("nvlm_train.train.loop")
-    loop.train = lambda loaded, resume, accept: calls.append((loaded, resume, accept)) or 0  # type: ignore[attr-defined]
+    loop.train = lambda loaded, resume, accept, branch: calls.append((loaded, resume, accept, branch)) or 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "nvlm_train.train.loop", loop)
     argv = ["train", RECIPE, "max_steps=5", "--resume", "never", "seed=2", "--accept", "max_steps", "--accept", "data"]
     assert cli.main(argv) == 0
-    ((loaded, resume, accept),) = calls
+    ((loaded, resume, accept, branch),) = calls
+    assert branch is None
     assert (loaded.recipe.max_steps, loaded.recipe.seed, resume, accept) == (5, 2, "never", ["max_steps", "data"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--skip-steps", "5:6"], "--skip-steps: needs --from RUN/step_N"),
+        (["--from", "nowhere/step_4", "--skip-steps", "6:5"], "'6:5' is no stretch of steps A:B with 1 <= A <= B"),
+        (["--from", "nowhere/step_4", "--skip-steps", "0:5"], "'0:5' is no stretch"),
+        (["--from", "nowhere/step_4"], "checkpoint nowhere/step_4 does not exist"),
+        (["--replay", "x.json", "--from", "nowhere/step_4"], "takes neither --from nor --resume"),
+        (["--replay", "nowhere.json"], "nowhere.json is missing"),
+    ],
+)
+def test_flags_of_train_that_do_not_fit(argv, message, capsys):
+    assert cli.main(["train", RECIPE, *argv]) == 2
+    assert message in capsys.readouterr().err
 
 
 def run_with(monkeypatch, action) -> int:

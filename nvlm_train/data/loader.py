@@ -15,11 +15,11 @@ from __future__ import annotations
 import json
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from nvlm_train.batch import Batch
 from nvlm_train.data import packing
@@ -28,6 +28,9 @@ from nvlm_train.data.packing import Pack
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.errors import DataError
 from nvlm_train.log import get_logger
+
+if TYPE_CHECKING:
+    import torch
 
 log = get_logger(__name__)
 
@@ -62,9 +65,11 @@ class StepLoader:
 
     What it yields depends on the plan alone, not on threads or processes. Any error in a thread, and DataError when a
     source has too many bad samples, is raised by `next`; the loader is closed then. Use it in a `with`, or `close` it.
+
+    pin_for: the GPU that the batches go to: a thread puts them into page-locked memory ahead; None: they stay.
     """
 
-    def __init__(self, plan: DataPlan, *, start_step: int, end_step: int) -> None:
+    def __init__(self, plan: DataPlan, *, start_step: int, end_step: int, pin_for: torch.device | None = None) -> None:
         self._plan = plan
         self._next_step = start_step
         self._end_step = end_step
@@ -73,6 +78,8 @@ class StepLoader:
         self._steps: deque[_Ahead] = deque()
         self._watch = _BadSamples(plan)
         self._builder = _open_builder(plan)
+        self._pin_for = pin_for
+        self._pinning = ThreadPoolExecutor(1, "nvlm-pin") if pin_for is not None else None
 
     def __iter__(self) -> Iterator[StepData]:
         return self
@@ -91,7 +98,9 @@ class StepLoader:
             if not self._steps:
                 self.close()
                 raise StopIteration
-            built = [future.result() for future in self._steps[0].futures]
+            ahead = self._steps[0]
+            built = [future.result() for future in ahead.futures]
+            batches = [one.batch for one in built] if ahead.pinned is None else [p.result() for p in ahead.pinned]
             step = self._steps.popleft().step
             self._submit()
             for one in built:
@@ -99,13 +108,15 @@ class StepLoader:
         except BaseException:
             self.close()
             raise
-        return _summary(step, built)
+        return _summary(step, built, batches)
 
     def close(self) -> None:
         """Stops what prepares; what was prepared is dropped. May be called twice."""
         self._closed = True
         self._steps.clear()
         self._builder.close()
+        if self._pinning is not None:
+            self._pinning.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self) -> None:
         data = self._plan.recipe.data
@@ -120,7 +131,10 @@ class StepLoader:
             futures = [
                 self._builder.submit(packs, self._plan.chunks(ranks)) for packs, ranks in zip(mine, dealt, strict=True)
             ]
-            self._steps.append(_Ahead(self._next_step, futures, num_bytes))
+            pinned = None
+            if self._pinning is not None:
+                pinned = [self._pinning.submit(_pinned, future, self._pin_for) for future in futures]
+            self._steps.append(_Ahead(self._next_step, futures, num_bytes, pinned))
             self._next_step += 1
 
 
@@ -131,6 +145,14 @@ class _Ahead:
     step: int
     futures: list[Future[Built]]
     num_bytes: int
+    pinned: list[Future[Batch]] | None
+
+
+def _pinned(future: Future[Built], device: torch.device | None) -> Batch:
+    import torch
+
+    torch.cuda.set_device(device)  # each thread has a current GPU of its own, at first number 0: all ranks would use it
+    return future.result().batch.pin_memory()
 
 
 class _Builds(Protocol):
@@ -153,14 +175,14 @@ def _bytes_of(plan: DataPlan, item: Pack) -> int:
     return item.tiles * 3 * px * px + item.tokens * 32
 
 
-def _summary(step: int, built: Sequence[Built]) -> StepData:
+def _summary(step: int, built: Sequence[Built], batches: list[Batch]) -> StepData:
     samples: Counter[str] = Counter(ref.source for one in built for ref in one.batch.samples)
     trained: Counter[str] = Counter()
     for one in built:
         trained.update(one.trained_by_source)
     return StepData(
         step=step,
-        micro_batches=[one.batch for one in built],
+        micro_batches=batches,
         trained_tokens=sum(one.batch.num_trained_tokens for one in built),
         tokens=sum(one.tokens for one in built),
         tiles=sum(len(one.batch.tiles) for one in built),

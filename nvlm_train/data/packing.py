@@ -216,25 +216,28 @@ def deal(packs: Sequence[Pack], world_size: int, micro_batch_size: int) -> list[
 class Balance(NamedTuple):
     """How evenly the ranks of a step are loaded; 1.0 is perfect.
 
-    tokens, tiles: sum over micro-steps of the most that any rank has, by the sum over micro-steps of the mean. With
-    2.0 half of the ranks' time goes by in waiting for the slowest, as far as the decoder (the tower) is concerned.
-    Tokens of a null pack count as none.
+    decoder, tokens, tiles: sum over micro-steps of the most that any rank has, by the sum over micro-steps of the mean.
+    With 2.0 half of the ranks' time goes by in waiting for the slowest, as far as the decoder (the tower) is concerned.
+    decoder: its work by the cost model, matrices (which grow with tokens) and attention (with the squares of the
+    samples' lengths). tiles: the tower's work. A null pack counts as none.
     """
 
+    decoder: float
     tokens: float
     tiles: float
 
 
-def balance(dealt: Sequence[Sequence[Sequence[Pack]]]) -> Balance:
+def balance(dealt: Sequence[Sequence[Sequence[Pack]]], cost: Cost) -> Balance:
     """The balance of a step as `deal` made it. Example, two ranks with 3 and 1 tiles: 3 / 2 = 1.5."""
+    decoder = [[sum(p.cost - cost.per_tile * p.tiles for p in held) for held in ranks] for ranks in dealt]
     tokens = [[sum(p.tokens for p in held if not p.is_null) for held in ranks] for ranks in dealt]
     tiles = [[sum(p.tiles for p in held) for held in ranks] for ranks in dealt]
 
-    def ratio(loads: list[list[int]]) -> float:
+    def ratio(loads: Sequence[Sequence[float]]) -> float:
         total = sum(map(sum, loads))
         return sum(max(ranks) * len(ranks) for ranks in loads) / total if total else 1.0
 
-    return Balance(ratio(tokens), ratio(tiles))
+    return Balance(ratio(decoder), ratio(tokens), ratio(tiles))
 
 
 def utilisation(dealt: Sequence[Sequence[Sequence[Pack]]], cost: Cost) -> float:

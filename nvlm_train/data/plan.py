@@ -33,7 +33,9 @@ from nvlm_train.data.windows import (
     Column,
     RunLength,
     Steps,
+    Stretch,
     Windows,
+    data_step,
     first_packs,
     locate,
     resolve_steps,
@@ -158,28 +160,34 @@ class DataPlan:
     def _first_packs(self) -> NDArray[np.int64]:
         return first_packs(self.steps.table)
 
-    def state(self, step: int) -> dict[str, Any]:
+    def state(self, step: int, skipped: Sequence[Stretch] | None = None) -> dict[str, Any]:
         """Where the data stands before `step`: the same on all ranks, under 1 kB, for a checkpoint.
 
-        Everything follows from `step`; the rest lets a resume notice that it would not go on where the run stopped.
+        Everything follows from `step` and the skipped data steps (`skipped`: others than this plan's); the rest lets a
+        resume notice that it would not go on where the run stopped.
         """
+        skipped = self.steps.skipped if skipped is None else skipped
         found: dict[str, Any] = {
             "version": STATE_VERSION,
             "seed": self.mixture.seed,
             "fingerprint": self.fingerprint,
             "step": step,
         }
+        drawn = data_step(step, skipped)
+        if skipped:
+            found |= {"data_step": drawn, "skip_steps": [list(stretch) for stretch in skipped]}
         if self.recipe.global_batch.packs is None:
-            return found | {"position": step * (self.recipe.global_batch.samples or 0)}
-        window, pack = locate(self._first_packs, step * self.recipe.global_batch.packs)
+            return found | {"position": drawn * (self.recipe.global_batch.samples or 0)}
+        window, pack = locate(self._first_packs, drawn * self.recipe.global_batch.packs)
         return found | {"window": window, "pack_in_window": pack}
 
     def draws(self, step: int) -> list[SampleRef]:
-        """The samples of a step: positions step*N to (step+1)*N - 1 of the mixture, N = global_batch.samples; where a
-        step is a number of packs, the samples of its packs."""
+        """The samples of a step: positions k*N to (k+1)*N - 1 of the mixture, N = global_batch.samples, k = its data
+        step (the step itself where none are skipped); where a step is a number of packs, the samples of its packs."""
         size = self.recipe.global_batch.samples
         if size is None:
             return [ref for item in self.plan_step(step) for ref in item.samples]
+        step = self.steps.data_step(step)
         return self._refs(self.mixture.draws(step * size, (step + 1) * size))
 
     def _refs(self, drawn: Draws) -> list[SampleRef]:
@@ -195,7 +203,7 @@ class DataPlan:
         if packs is None:
             return self._pack(self.draws(step))
         found: list[Pack] = []
-        window, begin = locate(self._first_packs, step * packs)
+        window, begin = locate(self._first_packs, self.steps.data_step(step) * packs)
         while len(found) < packs:  # a step may end in another window than it began in
             planned = self.windows.plan(window)
             for held in planned.packs[begin : begin + packs - len(found)]:
@@ -218,7 +226,7 @@ class DataPlan:
 
     def balance(self, step: int) -> Balance:
         """How evenly a step loads the ranks, from the plan alone; holes of bad samples are not known to it."""
-        return packing.balance(self.deal_step(step))
+        return packing.balance(self.deal_step(step), self.cost)
 
     def predict(self, num_steps: int, first: int = 0) -> Prediction:
         """What a run's `num_steps` steps from `first` hold and how well they use the ranks, predicted."""
@@ -227,7 +235,7 @@ class DataPlan:
         real = [item for item in packs if not item.is_null]
         pairs = [packing.work_and_time(ranks, self.cost) for ranks in dealt]
         spent = sum(time_ for _, time_ in pairs)
-        balances = [packing.balance(ranks) for ranks in dealt]
+        balances = [packing.balance(ranks, self.cost) for ranks in dealt]
         steps = max(len(dealt), 1)
         return Prediction(
             steps=len(dealt),
@@ -237,10 +245,9 @@ class DataPlan:
             tiles_per_step=sum(item.tiles for item in real) / steps,
             efficiency=sum(item.tokens for item in real) / max(len(real) * self.recipe.data.pack_tokens, 1),
             null_share=1 - len(real) / max(len(packs), 1),
-            balance=Balance(
-                sum(b.tokens for b in balances) / steps if balances else 1.0,
-                sum(b.tiles for b in balances) / steps if balances else 1.0,
-            ),
+            balance=Balance(*(sum(ratios) / steps for ratios in zip(*balances, strict=True)))
+            if balances
+            else Balance(1.0, 1.0, 1.0),
             utilisation=sum(work for work, _ in pairs) / spent if spent else 1.0,
         )
 
@@ -313,8 +320,10 @@ class DataPlan:
         return LoadedSample(ref, rendered, tiles)
 
 
-def open_data(recipe: schema.Recipe, *, rank: int, world_size: int, judge: bool = True) -> DataPlan:
-    """Reads the tokenizer, indexes the sources (rank 0; others wait) and fixes the order.
+def open_data(
+    recipe: schema.Recipe, *, rank: int, world_size: int, judge: bool = True, skipped: tuple[Stretch, ...] = ()
+) -> DataPlan:
+    """Reads the tokenizer, indexes the sources (rank 0; others wait) and fixes the order. skipped: see `Steps`.
 
     Raises DataError with every problem of every source; with `judge=False` (to look, not to train) bad lines are none.
     """
@@ -390,7 +399,7 @@ def open_data(recipe: schema.Recipe, *, rank: int, world_size: int, judge: bool 
         held_out=held_out,
         cost=packing.Cost.of(recipe),
         windows=order,
-        steps=_steps(recipe, order, settings, indexes, train_rows, index_dir, rank),
+        steps=_steps(recipe, order, settings, indexes, train_rows, index_dir, rank, skipped),
         dropped_at_index=dropped,
         fewer_tiles={n: index.fewer_tiles for n, index in indexes.items() if index.fewer_tiles},
         truncated={n: index.truncated for n, index in indexes.items() if index.truncated},
@@ -439,6 +448,7 @@ def _steps(
     train_rows: Mapping[str, NDArray[np.int64]],
     index_dir: Path,
     rank: int,
+    skipped: tuple[Stretch, ...],
 ) -> Steps:
     """How many steps the run has; counts the packs of its windows where that is needed."""
     mixture, batch = order.mixture, recipe.global_batch
@@ -455,7 +465,9 @@ def _steps(
         limits = [kind, mixture.seed, order.capacity, order.tile_capacity, order.size, mixture.limits, packing.VERSION]
         shares = [str(share) for share in mixture.shares]
         table /= f"{order_digest(mixture.names, shares, limits, settings, indexes, train_rows)}.npy"
-    return resolve_steps(order, length, samples=batch.samples, packs=batch.packs, file=table, rank=rank)
+    return resolve_steps(
+        order, length, samples=batch.samples, packs=batch.packs, file=table, rank=rank, skipped=skipped
+    )
 
 
 def _report(index: SourceIndex, index_dir: Path, seconds: float) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -279,21 +279,61 @@ class RunLength(NamedTuple):
         return cls(steps=max_steps, text=f"max_steps {max_steps}")
 
 
+Stretch = tuple[int, int]  # data steps A to B, both included, counted from 1 like the steps in a run's metrics
+
+
+def merge_stretches(stretches: Iterable[Stretch]) -> tuple[Stretch, ...]:
+    """The same steps in ascending stretches that do not touch. Example: (7, 9), (2, 3), (4, 4) give (2, 4), (7, 9)."""
+    merged: list[Stretch] = []
+    for first, last in sorted(stretches):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return tuple(merged)
+
+
+def data_step(step: int, skipped: Sequence[Stretch]) -> int:
+    """The data step that the run's step `step` trains, both from 0: the one at this place among those not skipped.
+
+    skipped: of `merge_stretches`. Example, data steps 3 and 4 (counted from 1) skipped: 0, 1, 4, 5, ... for 0, 1, 2, 3.
+    """
+    for first, last in skipped:
+        if step + 1 < first:
+            break
+        step += last - first + 1
+    return step
+
+
 @dataclass(frozen=True)
 class Steps:
-    """The steps of a run: how many, and the table they are found by (empty where nothing needs it)."""
+    """The steps of a run: how many, the table they are found by (empty where nothing needs it), and the data steps
+    that it never draws (`train --skip-steps`)."""
 
     number: int
     table: Table
+    skipped: tuple[Stretch, ...] = ()
+
+    def data_step(self, step: int) -> int:
+        """See `data_step`."""
+        return data_step(step, self.skipped)
 
 
 def resolve_steps(
-    windows: Windows, length: RunLength, *, samples: int | None, packs: int | None, file: Path, rank: int
+    windows: Windows,
+    length: RunLength,
+    *,
+    samples: int | None,
+    packs: int | None,
+    file: Path,
+    rank: int,
+    skipped: tuple[Stretch, ...] = (),
 ) -> Steps:
     """A run of `length` in steps of `samples` samples or `packs` packs: the fewest steps that hold it.
 
     The order may end (every source has max_epochs): a length in epochs then ends with its last whole step; any other
-    that needs more raises DataError.
+    that needs more raises DataError. Data steps that are `skipped` are replaced by later ones: the run takes as many
+    steps as without them, so that its schedule reaches its end.
     """
 
     def table_for(column: int, target: int) -> Table:
@@ -321,8 +361,10 @@ def resolve_steps(
         units = _packs_of_samples(windows, table, length.samples)
     steps = None if units is None else -(-units // unit)
     if packs is not None and steps is not None:
-        table = table_for(0, steps * packs)
+        table = table_for(0, (data_step(steps - 1, skipped) + 1) * packs)
     available = _available(windows, table, unit, packs is not None, table_for)
+    if available is not None:
+        available -= sum(max(0, min(last, available) - first + 1) for first, last in skipped)
     if available is not None and (steps is None or steps > available):
         if available == 0 or not length.epochs:
             raise DataError(
@@ -338,7 +380,7 @@ def resolve_steps(
             )
         steps = available
     assert steps is not None
-    return Steps(steps, table)
+    return Steps(steps, table, skipped)
 
 
 def _available(

@@ -23,7 +23,7 @@ KINDS = (
 
 
 def predict_memory(recipe: Recipe, world_size: int, parameters: dict[str, int]) -> dict[str, int]:
-    """Bytes per rank of each of `KINDS`, and their sum as `total`.
+    """Bytes per rank of each of `KINDS`, and their sum as `total`; what is offloaded is no part of it, but `host`.
 
     parameters: counts of the whole modules, as `model.flops.count_parameters` gives them.
     weights: what the engine shares out (a frozen tower is replicated instead: `tower_replicated`).
@@ -36,7 +36,7 @@ def predict_memory(recipe: Recipe, world_size: int, parameters: dict[str, int]) 
     stage, ranks = recipe.zero.stage, world_size
     number = 2 if recipe.precision == "bf16" else 4
     trained = {module: getattr(recipe.train, module) == "full" for module in parameters}
-    outside = 0 if trained["vision"] else parameters["vision"]
+    outside = parameters["vision"] if recipe.tower_is_replicated else 0
     inside = sum(parameters.values()) - outside
     trainable = sum(count for module, count in parameters.items() if trained[module])
 
@@ -79,4 +79,11 @@ def predict_memory(recipe: Recipe, world_size: int, parameters: dict[str, int]) 
         "loss": tokens * lm.vocab_size * (number + 4 + 4 + (number if number == 2 else 0)),
         "vision_activations": tower,
     }
-    return {**predicted, "total": sum(predicted.values())}
+    offloaded = {
+        "weights": recipe.zero.offload_param,
+        "gradients": recipe.zero.offload_optimizer,
+        "optimizer": recipe.zero.offload_optimizer,
+    }
+    host = sum(predicted[kind] for kind, where in offloaded.items() if where == "cpu")
+    predicted |= {kind: 0 for kind, where in offloaded.items() if where != "none"}
+    return {**predicted, "total": sum(predicted.values()), "host": host}

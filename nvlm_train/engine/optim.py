@@ -58,12 +58,14 @@ def parameter_groups(
     return list(groups.values())
 
 
-def build_optimizer(groups: list[dict[str, Any]], optimizer: Optimizer, device_type: str) -> torch.optim.AdamW:
-    """torch's AdamW over the groups; its fused form on a GPU."""
+def build_optimizer(
+    groups: list[dict[str, Any]], optimizer: Optimizer, device_type: str, offloaded: bool = False
+) -> torch.optim.AdamW:
+    """torch's AdamW over the groups; its fused form on a GPU, and where it steps offloaded masters on the host."""
     kept = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     beta1, beta2 = optimizer.betas
     return torch.optim.AdamW(
-        kept, lr=optimizer.lr, betas=(beta1, beta2), eps=optimizer.eps, fused=device_type == "cuda"
+        kept, lr=optimizer.lr, betas=(beta1, beta2), eps=optimizer.eps, fused=device_type == "cuda" or offloaded
     )
 
 

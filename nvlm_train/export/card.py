@@ -83,8 +83,12 @@ def model_card(
     recipe_hash: str | None,
     dtype: str,
     earlier_run: dict[str, Any] | None = None,
+    continued_from: dict[str, Any] | None = None,
 ) -> str:
-    """README.md of an export, with the metadata the Hub reads at its head. earlier_run: see `parts_of`."""
+    """README.md of an export, with the metadata the Hub reads at its head. earlier_run: see `parts_of`.
+
+    continued_from: what recipe.json recorded of the run that this one went on from, and the data it skips.
+    """
     parts = parts_of(recipe, earlier_run)
     license = license_of(recipe, parts)
     research = [part for part in parts if is_research_only(part.license)]
@@ -126,6 +130,7 @@ def model_card(
         f"- recipe hash: {recipe_hash or 'not recorded'}",
         f"- steps: {'not recorded' if step is None else step} of {_length(recipe)}, {_step(recipe)} each",
         "- trained: " + _trained(recipe),
+        *_continued(continued_from),
         f"- weights exported as: {dtype}",
         "",
         "## What it derives from",
@@ -147,6 +152,20 @@ def _length(recipe: dict[str, Any]) -> str:
         return str(recipe["max_steps"])
     given = [name for name in ("max_samples", "max_tokens", "num_epochs") if recipe.get(name) is not None]
     return f"a run of {given[0]} {recipe[given[0]]}" if given else "not recorded"
+
+
+def _continued(found: dict[str, Any] | None) -> list[str]:
+    """A line for each run that this one went on from, the latest first."""
+    lines = []
+    while found is not None:
+        place = Path(found["path"])
+        skipped = ", ".join(f"{first} to {last}" for first, last in found["skip_steps"])
+        lines.append(
+            f"- went on from step {found['step']} of `{place.parent.name}` (recipe hash {found['recipe_hash']})"
+            + (f", never drawing the data of steps {skipped}" if skipped else "")
+        )
+        found = found.get("continued_from")
+    return lines
 
 
 def _step(recipe: dict[str, Any]) -> str:

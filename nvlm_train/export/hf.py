@@ -56,12 +56,13 @@ def export(
     step: int | None = None,
     recipe_hash: str | None = None,
     earlier_run: dict[str, Any] | None = None,
+    continued_from: dict[str, Any] | None = None,
 ) -> Path:
     """Writes the model to the folder `out` and returns it.
 
     weights: every tensor of the model by our names. recipe: as recipe_to_dict gives it. tokenizer_path: default the
     recipe's. dtype: 'bf16' or 'fp32', default the recipe's precision. max_shard_size: bytes, or '4GB', '500MB', '2GiB';
-    a larger single tensor gets a shard of its own. step, recipe_hash, earlier_run: for the model card.
+    a larger single tensor gets a shard of its own. step, recipe_hash, earlier_run, continued_from: for the model card.
 
     Raises CheckpointError for tensors that are missing, mis-shaped or not finite, an unusable tokenizer, or an `out`
     that holds something; SetupError when the disk cannot hold the export. Nothing is left behind then.
@@ -75,7 +76,14 @@ def export(
         raise CheckpointError(f"{out} exists and is not an empty folder; name a new one, nothing is overwritten")
     tokenizer_folder = Path(tokenizer_path or recipe["tokenizer"]["path"])
     tokens = special_token_ids(tokenizer_folder, model.language_model.vocab_size)
-    readme = card.model_card(recipe, step=step, recipe_hash=recipe_hash, dtype=dtype, earlier_run=earlier_run)
+    readme = card.model_card(
+        recipe,
+        step=step,
+        recipe_hash=recipe_hash,
+        dtype=dtype,
+        earlier_run=earlier_run,
+        continued_from=continued_from,
+    )
     shards = plan_shards(model, dtype, parse_size(max_shard_size))
     _check_tensors(weights, model)
     _check_space(out, sum(size for shard in shards for _, _, size in shard))
@@ -548,6 +556,7 @@ def export_command(args: Namespace) -> int:
         step=checkpoint.step,
         recipe_hash=recipe_hash,
         earlier_run=checkpoint.earlier_run,
+        continued_from=checkpoint.continued_from,
     )
     size = sum(path.stat().st_size for path in out.iterdir())
     log.info("exported step %d of %s to %s (%.1f MB)", checkpoint.step, args.run, out, size / 1e6)

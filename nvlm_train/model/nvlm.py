@@ -71,14 +71,15 @@ class NvlmD(nn.Module):
         """[T*Q, 4E], or one row of zeros, which no slot takes, where there is no image."""
         dtype = next(self.projector.parameters()).dtype
         if features is None and hasattr(self, "vision_model"):
+            # A trained tower makes at least one call, also where no rank has a tile: a trained weight that nothing uses
+            # in a step would get the gradient of the step before under ZeRO-3.
+            least = int(next(self.vision_model.parameters()).requires_grad)
             features = encode_tiles(
                 self.vision_model,
                 batch.tiles,
                 dtype,
                 tiles_per_chunk=self.tiles_per_chunk,
-                # At least one call, also where no rank has a tile: a trained weight that nothing uses in a step would
-                # get the gradient of the step before under ZeRO-3.
-                num_chunks=max(1, batch.num_tile_chunks or -(-len(batch.tiles) // self.tiles_per_chunk)),
+                num_chunks=max(least, batch.num_tile_chunks or -(-len(batch.tiles) // self.tiles_per_chunk)),
             )  # [T (+ zero tiles), P, E]
         if features is None and len(batch.tiles):
             raise ValueError(

@@ -197,6 +197,13 @@ FOREIGN: tuple[Foreign, ...] = (
         "checkpoint.every_steps",
     ),
     Foreign(("save_total_limit",), _tools(_HF, _LF, _SWIFT, _AXO), "checkpoint.keep_last"),
+    Foreign(("async_save",), _MEG, "checkpoint.asynchronous"),
+    Foreign(
+        ("save_only_model",),
+        _tools(_HF, _LF, _SWIFT, _AXO),
+        "checkpoint.weights_every",
+        "steps between milestones of bf16 weights, beside the checkpoints a resume needs",
+    ),
     Foreign(("logging_steps", "log_interval"), _tools(_HF, _LF, _SWIFT, _AXO, _MEG), "log.every_steps"),
     Foreign(
         ("report_to", "tensorboard_dir", "use_wandb"),

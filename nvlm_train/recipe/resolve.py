@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from nvlm_train.engine.deepspeed_config import deepspeed_config
+from nvlm_train.engine.deepspeed_config import deepspeed_config, installed_deepspeed, unsupported
 from nvlm_train.engine.memory import predict_memory
 from nvlm_train.errors import RecipeError
 from nvlm_train.model.flops import MODULES, Flops, count_flops, count_parameters
-from nvlm_train.recipe.load import find_key, flatten
+from nvlm_train.recipe.load import LoadedRecipe, find_key, flatten
 from nvlm_train.recipe.schema import REQUIRED, RUN_LENGTHS, Recipe, Section, all_keys
 from nvlm_train.recipe.yaml import describe
 
@@ -54,7 +54,7 @@ class Resolved:
     warmup_steps, decay_steps: of the schedule; None where they depend on num_steps and that is not known.
     module_lr: peak learning rate of each trained module.
     parameters: {"total" | "trainable": {module: count}}.
-    memory: predicted bytes per rank by kind (`engine.memory.KINDS`) and `total`.
+    memory: predicted bytes per rank by kind (`engine.memory.KINDS`), `total` and `host`.
     warnings: what is legal but probably not meant.
     """
 
@@ -83,6 +83,12 @@ def resolve(recipe: Recipe, world_size: int, num_steps: int | None = None) -> Re
             "validation: names nothing to validate on; give validation.sources, or validation.held_out_share above 0"
         )
     batch = batch_arithmetic(recipe, world_size)
+    hpz = recipe.zero.experimental.hpz_partition_size
+    if world_size > hpz and world_size % hpz:
+        raise RecipeError(
+            f"zero.experimental.hpz_partition_size: {hpz} does not divide {world_size} ranks; use a number that does, "
+            "best the ranks of one node, or 1"
+        )
     num_steps = num_steps if num_steps is not None else known_steps(recipe)
     counts = count_parameters(recipe.model)
     trained = [module for module in MODULES if getattr(recipe.train, module) == "full"]
@@ -106,6 +112,16 @@ def resolve(recipe: Recipe, world_size: int, num_steps: int | None = None) -> Re
         memory=predict_memory(recipe, world_size, counts),
         warnings=_warnings(recipe, batch, num_steps),
     )
+
+
+def refuse_unsupported(loaded: LoadedRecipe, deepspeed: str | None = None) -> None:
+    """Raises RecipeError naming every option in use that DeepSpeed (default: as installed) is not known to do."""
+    problems = []
+    for name, message in unsupported(loaded.recipe, deepspeed or installed_deepspeed()):
+        origin = loaded.origins.get(name)
+        problems.append(f"{origin.place} {name}: {message}" if origin and origin.place else f"{name}: {message}")
+    if problems:
+        raise RecipeError("\n".join(problems))
 
 
 def batch_arithmetic(recipe: Recipe, world_size: int) -> BatchArithmetic:
@@ -165,6 +181,12 @@ def _warnings(recipe: Recipe, batch: BatchArithmetic, num_steps: int | None) -> 
             f"global_batch.samples {batch.samples}: {batch.max_null_share:.0%} of the slots of a step hold null packs "
             f"when all samples are of full length ({batch.max_packs} packs in {batch.max_micro_steps} micro-steps of "
             f"{batch.slots_per_micro_step}); {' or '.join(legal)} samples would fill them"
+        )
+    hpz = recipe.zero.experimental.hpz_partition_size
+    if hpz > 1:
+        warnings.append(
+            f"zero.experimental.hpz_partition_size {hpz}: hpZ has run on a CPU only; the first steps' losses are "
+            "compared with hpZ off"
         )
     warmup = warmup_steps(recipe, num_steps)
     if num_steps is not None and warmup is not None and warmup > num_steps:

@@ -617,6 +617,18 @@ class Schedule(Section):
         return self
 
 
+class ZeroExperimental(Section):
+    """ZeRO options that we cannot vouch for. README, "ZeRO options", says what of them has ever run."""
+
+    hpz_partition_size: int = key(
+        1,
+        doc="hpZ: ranks (of one node) that hold a second copy of the weights together, so that backward gathers inside "
+        "the node; 1: off. The first step's loss is compared with hpZ off.",
+        ge=1,
+        resume="free",
+    )
+
+
 class Zero(Section):
     """DeepSpeed ZeRO. The DeepSpeed configuration follows from the recipe; `recipe show` prints it."""
 
@@ -637,18 +649,154 @@ class Zero(Section):
     communication_data_type: Literal["fp32", "bf16"] = key(
         "fp32", doc="Type in which gradients are reduced.", resume="fixed"
     )
+    tower: Literal["replicated", "partitioned"] | None = key(
+        None,
+        doc="Where the vision tower's weights live. replicated: whole on every rank, outside the engine; only where "
+        "train.vision is frozen. partitioned: inside the engine, each rank a share (stage 3). Default: replicated "
+        "where it is frozen, inside where it is trained.",
+        resume="free",
+    )
+    offload_optimizer: Literal["none", "cpu"] = key(
+        "none",
+        doc="Where fp32 masters, moments and accumulated gradients live. cpu: in host memory, where torch's AdamW runs "
+        "too.",
+        resume="free",
+    )
+    offload_param: Literal["none", "cpu"] = key(
+        "none", doc="Where a rank's share of the weights lives (stage 3); needs offload_optimizer.", resume="free"
+    )
+    experimental: ZeroExperimental = key(
+        ZeroExperimental(), doc="Options without our guarantee: see each.", resume="free"
+    )
+
+    @field_validator("offload_optimizer", "offload_param", mode="before")
+    @classmethod
+    def _no_nvme(cls, device: Any) -> Any:
+        if device == "nvme":
+            raise Misfit(
+                [
+                    (
+                        "",
+                        "is not supported: DeepSpeed keeps such weights and states in files of its own, where loading, "
+                        "saving and resuming cannot reach them; use cpu, or more ranks",
+                    )
+                ]
+            )
+        return device
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Zero:
+        problems = []
+        if self.tower == "partitioned" and self.stage != 3:
+            problems.append(
+                (
+                    "tower",
+                    f"shares weights out, which zero.stage {self.stage} does not: they are whole on every rank; use "
+                    "zero.stage=3, or remove it",
+                )
+            )
+        if self.offload_optimizer != "none" and self.stage == 0:
+            problems.append(
+                ("offload_optimizer", "needs optimizer states that are shared out; use zero.stage=1, 2 or 3, or none")
+            )
+        if self.offload_param != "none" and self.stage != 3:
+            problems.append(
+                (
+                    "offload_param",
+                    f"needs weights that are shared out, which zero.stage {self.stage} does not; use zero.stage=3, or "
+                    "none",
+                )
+            )
+        elif self.offload_param != "none" and self.offload_optimizer == "none":
+            problems.append(
+                ("offload_param", "needs the optimizer beside it; set zero.offload_optimizer=cpu, or use none")
+            )
+        if self.experimental.hpz_partition_size > 1 and self.stage != 3:
+            problems.append(
+                (
+                    "experimental.hpz_partition_size",
+                    f"needs weights that are shared out, which zero.stage {self.stage} does not; use 1, or "
+                    "zero.stage=3",
+                )
+            )
+        if problems:
+            raise Misfit(problems)
+        return self
+
+
+class Debug(Section):
+    """Checks that cost time, for finding out why something goes wrong."""
+
+    collectives: bool = key(
+        False,
+        doc="Before each module call that uses weights, forward or backward, the ranks compare which one it is. The "
+        "first difference, which would hang or corrupt the run, ends it with the ranks and the modules by name.",
+        resume="free",
+    )
+    collectives_timeout_s: int = key(
+        60,
+        doc="Seconds a rank waits with a module call for the others before the run ends and says who is missing.",
+        gt=0,
+        resume="free",
+    )
 
 
 class Checkpoint(Section):
     """When the run is saved and what is kept."""
 
-    every_steps: int = key(500, doc="Steps between checkpoints; the last step is always saved.", gt=0, resume="free")
+    every_steps: int | None = key(
+        500, doc="Steps between checkpoints; null: none by steps. The last step is always saved.", gt=0, resume="free"
+    )
+    every_minutes: Number | None = key(
+        None, doc="Minutes between the beginnings of saves, by rank 0's clock, besides.", gt=0, resume="free"
+    )
     keep_last: int = key(
         2, doc="Newest checkpoints kept; the best one of validation is kept besides.", ge=1, resume="free"
+    )
+    keep_every_steps: int | None = key(
+        None, doc="At multiples of so many steps a checkpoint is saved and kept for good.", gt=0, resume="free"
+    )
+    weights_every: int | None = key(
+        None,
+        doc="Steps between milestones RUN/weights_N, kept for good: the trained weights in bf16, 2 bytes a parameter. "
+        "They can be exported and started from, not resumed.",
+        gt=0,
+        resume="free",
+    )
+    asynchronous: bool = key(
+        False,
+        doc="Write checkpoints beside the training, from a copy in host memory (12 bytes a trained parameter over all "
+        "ranks). The same guarantees; a checkpoint exists some steps later.",
+        resume="free",
+    )
+    timeout_s: int = key(
+        1800,
+        doc="Seconds a save may take before the run ends and names who has not finished.",
+        gt=0,
+        resume="free",
+    )
+    base: Literal["reference", "copy"] = key(
+        "reference",
+        doc="Frozen weights are named in RUN/base.json, with checksums; copy: copied to RUN/base once besides, so that "
+        "the run needs no other folder.",
+        resume="free",
     )
     signal: Literal["USR1", "USR2"] = key(
         "USR2", doc="Signal that means: finish the step, save, exit 0 (SIGTERM and SIGINT always do).", resume="free"
     )
+
+    @model_validator(mode="after")
+    def _is_saved_at_all(self) -> Checkpoint:
+        if self.every_steps is None and self.every_minutes is None and self.keep_every_steps is None:
+            raise Misfit(
+                [
+                    (
+                        "every_steps",
+                        "is null and so is every_minutes, so a crash would lose the whole run; give one of them",
+                    )
+                ]
+            )
+        return self
 
 
 class Distributed(Section):
@@ -784,6 +932,21 @@ class Recipe(Section):
     )
     optimizer: Optimizer = key(doc="AdamW and its learning rates.")
     schedule: Schedule = key(Schedule(), doc="Learning-rate schedule.", resume="ask")
+    on_nonfinite: Literal["stop", "skip"] = key(
+        "stop",
+        doc="What a step with a loss or gradient that is not finite does, on all ranks alike; it never changes a "
+        "weight. stop: save the state before it and end. skip: go on with the next one.",
+        resume="free",
+    )
+    max_nonfinite_steps: int = key(
+        5, doc="With on_nonfinite: skip, so many such steps in a row stop the run all the same.", ge=1, resume="free"
+    )
+    worst_case_first: bool = key(
+        True,
+        doc="Run the heaviest packs of the plan forward and backward before the first step, and discard them: what "
+        "does not fit into memory shows in the first minute.",
+        resume="free",
+    )
     precision: Literal["bf16", "fp32"] = key("bf16", doc="Type of weights and activations; master weights are fp32.")
     activation_checkpointing: Literal["none", "full"] = key(
         "none", doc="full: recompute each decoder layer in the backward pass.", resume="free"
@@ -802,6 +965,12 @@ class Recipe(Section):
     validation: Validation | None = key(None, doc="Held-out loss; absent: none.", resume="free")
     log: Log = key(Log(), doc="Console, wandb, tensorboard.", resume="free")
     distributed: Distributed = key(Distributed(), doc="Time limits of a run on several ranks.", resume="free")
+    debug: Debug = key(Debug(), doc="Checks that cost time.", resume="free")
+
+    @property
+    def tower_is_replicated(self) -> bool:
+        """The vision tower is whole on every rank, outside the engine."""
+        return self.train.vision == "frozen" and self.zero.tower != "partitioned"
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
@@ -830,6 +999,22 @@ class Recipe(Section):
         if self.zero.stage == 0 and self.precision == "bf16":
             problems.append(
                 ("zero.stage", "has no fp32 masters for bf16 weights in DeepSpeed; use zero.stage=1 or precision=fp32")
+            )
+        if self.zero.tower == "replicated" and self.train.vision != "frozen":
+            problems.append(
+                (
+                    "zero.tower",
+                    f"needs a frozen tower, but train.vision is {self.train.vision}: copies outside the engine would "
+                    "drift apart; use partitioned, or remove it",
+                )
+            )
+        if self.vision_feature_cache is not None and self.zero.tower == "partitioned":
+            problems.append(
+                (
+                    "vision_feature_cache",
+                    "needs a tower that a rank can run alone, but zero.tower is partitioned: every rank must run it "
+                    "when any does; remove the cache, or use zero.tower=replicated",
+                )
             )
         if self.vision_feature_cache is not None and self.train.vision != "frozen":
             problems.append(

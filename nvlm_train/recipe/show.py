@@ -12,7 +12,15 @@ from typing import Any
 
 from nvlm_train.errors import RecipeError
 from nvlm_train.recipe.load import flatten, load_recipe
-from nvlm_train.recipe.resolve import Resolved, compare, recipe_to_dict, resolve, resume_of, run_length
+from nvlm_train.recipe.resolve import (
+    Resolved,
+    compare,
+    recipe_to_dict,
+    refuse_unsupported,
+    resolve,
+    resume_of,
+    run_length,
+)
 from nvlm_train.recipe.schema import Recipe, Section, all_keys
 from nvlm_train.recipe.yaml import describe
 
@@ -20,7 +28,9 @@ from nvlm_train.recipe.yaml import describe
 def check_command(args: Namespace) -> int:
     """`recipe check`: one line where the recipe is good; all of its problems (RecipeError) where it is not."""
     try:
-        resolved = resolve(load_recipe(args.recipe, args.overrides).recipe, world_size_of(args))
+        loaded = load_recipe(args.recipe, args.overrides)
+        refuse_unsupported(loaded)
+        resolved = resolve(loaded.recipe, world_size_of(args))
     except RecipeError as error:
         if not args.json:
             raise
@@ -130,9 +140,13 @@ def explain(resolved: Resolved) -> list[str]:
         "memory per rank, predicted (without allocator slack, CUDA context and NCCL buffers)",
     ]
     lines += [
-        f"  {kind.replace('_', ' '):<20}{_bytes(size):>12}" for kind, size in memory.items() if size and kind != "total"
+        f"  {kind.replace('_', ' '):<20}{_bytes(size):>12}"
+        for kind, size in memory.items()
+        if size and kind not in ("total", "host")
     ]
     lines.append(f"  {'sum':<20}{_bytes(memory['total']):>12}")
+    if memory["host"]:
+        lines.append(f"  {'offloaded to host':<20}{_bytes(memory['host']):>12}")
     lines += [
         "",
         "DeepSpeed configuration",

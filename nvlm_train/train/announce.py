@@ -104,11 +104,12 @@ def first_screen(
     plan: DataPlan,
     command_line: str,
     idle_gpus: int,
+    rehearsal: str,
 ) -> str:
     """The text, one fact a line."""
     counts, trainable = resolved.parameters["total"], resolved.parameters["trainable"]
     batch, memory = resolved.batch, dict(resolved.memory)
-    total = memory.pop("total")
+    total, host = memory.pop("total"), memory.pop("host")
     kernels = select(recipe.kernels, device.split(":")[0])
     facts: dict[str, str | list[str]] = {
         "recipe": f"{recipe.run_name}  hash {resolved.recipe_hash}",
@@ -138,12 +139,15 @@ def first_screen(
         ],
         "data": data_lines(plan),
         "memory": [
-            f"{_bytes(total)} predicted per rank",
+            f"{_bytes(total)} predicted per rank" + (f", {_bytes(host)} more in host memory" if host else ""),
             ", ".join(f"{kind} {_bytes(size)}" for kind, size in memory.items() if size),
         ],
+        "rehearsal": rehearsal,
         "kernels": [f"{op}: {name} ({reason})" for op, (name, reason) in kernels.items()],
         "run": f"{start.run}, " + (f"resumed from {start.checkpoint}" if start.checkpoint else "from the beginning"),
     }
+    if start.branch is not None:
+        facts["began"] = f"in {start.branch.checkpoint}; never draws the data of steps {start.branch.skips()}"
     if start.changes:
         facts["changed"] = f"{', '.join(start.changes)} since the last attempt"
     if idle_gpus:

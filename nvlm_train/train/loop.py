@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 import shlex
 import time
 from collections.abc import Sequence
@@ -13,30 +14,32 @@ from typing import Any
 import torch
 
 from nvlm_train import checkpoint
-from nvlm_train.data.loader import StepData, StepLoader
+from nvlm_train.data.loader import StepLoader
 from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.engine import dist
-from nvlm_train.engine import engine as zero
 from nvlm_train.engine.launch import Launch, resolve_launch
-from nvlm_train.engine.optim import set_learning_rates
-from nvlm_train.errors import DataError, NvlmError
+from nvlm_train.engine.waiting import CollectiveWait
 from nvlm_train.log import set_up_logging
 from nvlm_train.recipe.load import LoadedRecipe
-from nvlm_train.recipe.resolve import Resolved, lr_factor, recipe_to_dict, resolve
+from nvlm_train.recipe.resolve import Resolved, recipe_to_dict, resolve
 from nvlm_train.recipe.schema import Recipe
-from nvlm_train.train import announce, state
-from nvlm_train.train.loss import tower_features
+from nvlm_train.train import announce, nonfinite, oom, state, step
+from nvlm_train.train.branch import Branch, check_base
 from nvlm_train.train.metrics import Clock, Console, MetricsFile, Sink, open_sinks, peak_memory_gib
+from nvlm_train.train.rehearsal import plan_rehearsal, rehearse
+from nvlm_train.train.saving import Saver
 from nvlm_train.train.stop import StopRequest
+from nvlm_train.train.stragglers import RankTimes, Stragglers, gather_times, planned_work, summary
 from nvlm_train.train.validation import ValidationResult, validate
 from nvlm_train.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
 
-def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()) -> int:
+def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = (), branch: Branch | None = None) -> int:
     """Trains a recipe from where its run directory stands to its last step, or until somebody asks it to stop.
 
+    branch: the checkpoint of another run in which this one begins (`--from`).
     Returns the exit code. Raises NvlmError for what the user can put right.
     """
     set_up_logging()
@@ -49,7 +52,7 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
         Watch(launch, recipe.distributed, run, stop) as watch,
         watch.guard(),
     ):
-        start = state.find_start(recipe, resume, accept)
+        start = state.find_start(recipe, resume, accept, branch)
         if _is_complete(start, resolved.num_steps):
             return 0
         _train(loaded, launch, start, accept, stop, watch)
@@ -61,15 +64,15 @@ def _train(
 ) -> None:
     """Builds everything, then runs the steps."""
     recipe = loaded.recipe
-    weights = state.open_weights(recipe)
+    weights = state.open_weights(recipe, start)
     account = state.account_for_weights(recipe, weights)
     attempt = announce.provenance(launch)
     watch.mark("opening the data")
-    plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size)
+    plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size, skipped=start.skipped)
     if _is_complete(start, plan.num_steps):
         return
     resolved = resolve(recipe, launch.world_size, plan.num_steps)
-    state.check_data(start, plan.state(start.step), accept)
+    state.check_data(start, plan.state(start.step, start.skipped_before), accept)
 
     watch.mark("meeting the other ranks")
     world = dist.start(launch, recipe.distributed.timeout_s, watch.join())
@@ -77,20 +80,25 @@ def _train(
         dist.require_same(world, start.step, f"the step to start from in {start.run}", "is it one shared folder?")
         watch.mark("hashing the frozen weights")
         frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
-        state.write_base(start.run, frozen, world)
+        state.write_base(start.run, frozen, recipe.checkpoint.base == "copy", world)
+        if start.leaves and start.branch is not None:
+            check_base(start.run, start.branch)
         if not start.step:
             state.verify_earlier_run(recipe, world)
         watch.mark("loading the weights")
         built = state.build(recipe, resolved, world, weights, skip_trained=start.step > 0)
         progress = state.restore(built, start.checkpoint) if start.checkpoint else state.Progress()
+        if start.leaves:
+            progress.forget_best()
         with dist.agreed(world, "writing the run's files"):
             if launch.rank == 0:
-                checkpoint.clear_leftovers(start.run)
+                checkpoint.set_leftovers_aside(start.run)
                 state.set_aside(start)
                 state.write_run_files(start, recipe, resolved, attempt)
         if _stopped_early(recipe, progress):
             log.info("%s stopped early: validation had not improved at step %d", start.run, progress.step)
             return
+        rehearsal = plan_rehearsal(recipe, plan, world, progress.step)
         if launch.rank == 0:
             idle = torch.cuda.device_count() - 1 if launch.launcher == "alone" and torch.cuda.is_available() else 0
             screen = announce.first_screen(
@@ -104,10 +112,14 @@ def _train(
                 plan,
                 shlex.join([str(loaded.path), *loaded.overrides]),
                 idle,
+                rehearsal.announced(),
             )
             log.info("%s", "\n" + screen)
-        watch.started()
-        _run(recipe, resolved, world, built, plan, progress, start.run, stop, watch)
+        with oom.explained(recipe, resolved, built):
+            watch.mark("worst case first")
+            rehearse(recipe, world, built, plan, rehearsal)
+            watch.started()
+            _run(recipe, resolved, world, built, plan, progress, start.run, stop, watch)
     finally:
         dist.stop(world)
 
@@ -146,9 +158,14 @@ def _run(
     console = Console(progress.step, num_steps) if rank0 else None
     config = {"recipe_hash": resolved.recipe_hash, **recipe_to_dict(recipe)}
     sinks = open_sinks(recipe.log.to, run, recipe.run_name, recipe.log.wandb_project, config) if rank0 else []
-    loader = StepLoader(plan, start_step=progress.step, end_step=num_steps)
-    clock = Clock(world.device)
+    saver = Saver(built, run, recipe, resolved, console.say if console is not None else lambda text: None, watch.alive)
+    pin_for = world.device if world.device.type == "cuda" else None
+    loader = StepLoader(plan, start_step=progress.step, end_step=num_steps, pin_for=pin_for)
+    clock, waits = Clock(world.device), step.Waits()
+    stragglers = Stragglers(dist.gather(world, platform.node()))
     since, tokens, tiles = time.monotonic(), 0, 0  # of the steps since the last line of metrics
+    collectives = CollectiveWait(world.device)
+    collectives.install()
     try:
         watch.mark("validation", progress.step)
         if progress.validation_due:  # the last attempt was asked to stop before it
@@ -158,37 +175,59 @@ def _run(
             since = time.monotonic()
         clock.start()
         while progress.step < num_steps:
+            logged = (progress.step + 1) % recipe.log.every_steps == 0 or progress.step + 1 == num_steps
+            collectives.on = logged and world.world_size > 1
             watch.mark("data", progress.step + 1)
-            data, counts = _load(world, plan, loader)
+            data, counts = step.load(world, plan, loader, waits)
             clock.stop("data")
-            rates = _set_rates(recipe, resolved, built, progress.step)
-            losses, grad_norm = _step(recipe, world, built, data, counts["trained_tokens"], clock, watch)
+            rates = step.set_rates(recipe, resolved, built, progress.step)
+            began = time.perf_counter()
+            losses, grad_norm = step.train(recipe, world, built, data, counts["trained_tokens"], clock, watch.mark)
+            ended = time.perf_counter()
             watch.mark("agreement")
             stop_asked, save_asked = stop.asked()
-            asked = [sum(losses), float(stop_asked), float(save_asked)]
-            loss, stops, saves = dist.sum_over_ranks(world, asked, torch.float64)
-            loss = loss / counts["trained_tokens"] if counts["trained_tokens"] else math.nan
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                _stop_for_non_finite(world, loss, grad_norm, progress.step + 1, data, losses, run)
+            asked = [sum(losses), float(stop_asked), float(save_asked), *saver.votes()]
+            loss, stops, saves, *votes = dist.sum_over_ranks(world, asked, torch.float64)
+            loss = loss / counts["trained_tokens"]
+            waits.control += time.perf_counter() - ended
+            waited, collective_wait = waits.take(), collectives.take()
+            skipped = not math.isfinite(grad_norm)  # and nothing was updated
+            assert skipped or math.isfinite(loss), f"step {progress.step + 1} was trained with a loss of {loss}"
+            if skipped:
+                nonfinite.leave_out(recipe, resolved, built, plan, progress, run, data, losses, loss, saver)
             if stops:
                 watch.stop_agreed()
-            _advance(progress, counts)
+            step.advance(progress, counts, skipped=skipped)
             clock.stop("step")
+            saver.agree(votes)
             watch.alive()
             last = progress.step == num_steps
             tokens, tiles = tokens + counts["tokens"], tiles + counts["tiles"]
 
-            if progress.step % recipe.log.every_steps == 0 or last:
+            if logged or skipped:
                 seconds, since = time.monotonic() - since, time.monotonic()
+                spent, times = clock.take(), []
+                if logged and world.world_size > 1:
+                    compute = ended - began - collective_wait
+                    times = gather_times(world, RankTimes(compute, waited.data, collective_wait + waited.control))
                 if metrics is not None and console is not None:
                     record = _record(progress, counts, loss, grad_norm, rates)
                     record |= {"seconds": seconds, "tokens_per_s": tokens / seconds, "tiles_per_s": tiles / seconds}
+                    record["data_step"] = plan.steps.data_step(data.step) + 1
                     record["balance"] = {
                         unit: round(ratio, 4) for unit, ratio in plan.balance(data.step)._asdict().items()
                     }
-                    record["time"] = {part: round(value, 4) for part, value in clock.take().items()}
+                    record["time"] = {part: round(value, 4) for part, value in spent.items()}
                     record["peak_memory_gib"] = round(peak_memory_gib(world.device), 3)
+                    if skipped:
+                        record["skipped"] = True
+                    if times:
+                        record["ranks"] = summary(times)
+                    if slow := stragglers.look(times, planned_work(plan.deal_step(data.step))):
+                        record["straggler"] = slow
                     _publish(metrics, console, sinks, record)
+                    for news in stragglers.news(slow):
+                        log.warning("%s", news)
                 tokens = tiles = 0
 
             improved = early = False
@@ -200,17 +239,20 @@ def _run(
                 improved, early = _validate(recipe, world, built, plan, progress, metrics, console, sinks)
                 watch.alive()
 
-            if last or stops or saves or improved or early or progress.step % recipe.checkpoint.every_steps == 0:
-                began = time.monotonic()
-                watch.mark("save")
-                path = state.save(built, run, progress, recipe, resolved, plan.state(progress.step))
-                watch.alive()
-                if console is not None:
-                    console.say(f"saved {path} in {time.monotonic() - began:.1f} s")
+            watch.mark("save")
+            saver.save_if_due(
+                progress,
+                plan.state,
+                asked=bool(saves),
+                best=improved,
+                final=last or bool(stops) or early,
+            )
             if stops or early:
                 if console is not None:
                     why = f"asked by {stop.reason or 'another rank'}" if stops else "validation no longer improves"
-                    console.say(f"stopped after step {progress.step} of {num_steps}: {why}; saved {path}")
+                    console.say(
+                        f"stopped after step {progress.step} of {num_steps}: {why}; saved {run}/step_{progress.step}"
+                    )
                 stop.forget_file()
                 break
             since = time.monotonic() if progress.step % recipe.log.every_steps == 0 else since  # not of the next steps
@@ -219,6 +261,8 @@ def _run(
         with watch.guard():  # before files are closed, which may take its time
             raise
     finally:
+        collectives.remove()
+        saver.close()
         loader.close()
         if built.cache is not None:
             log.info("%s", built.cache.summary())
@@ -227,115 +271,6 @@ def _run(
         if metrics is not None and console is not None:
             console.close()
             metrics.close()
-
-
-def _load(world: dist.World, plan: DataPlan, loader: StepLoader) -> tuple[StepData, dict[str, Any]]:
-    """This rank's part of the next step, and what the step really holds on all ranks together, after decoding.
-
-    One small int64 all-reduce: it fixes the denominator of the loss before the first backward, and it tells the other
-    ranks when data failed on one of them, so that all stop with its message instead of waiting for it.
-    """
-    data: StepData | None = None
-    error: Exception | None = None
-    try:
-        data = next(loader)
-    except Exception as raised:
-        error = raised
-    sources = list(plan.mixture.names)
-    values = [int(error is not None)] + [0] * (5 + len(sources))
-    if data is not None:
-        values = [0, data.trained_tokens, data.tokens, data.tiles, data.samples, sum(data.bad.values())]
-        values += [data.samples_by_source.get(source, 0) for source in sources]
-    summed = dist.sum_over_ranks(world, values, torch.int64)
-    if summed[0]:
-        dist.raise_together(world, error, "loading data")
-    assert data is not None
-    totals: dict[str, Any] = dict(
-        zip(("trained_tokens", "tokens", "tiles", "samples", "bad"), summed[1:], strict=False)
-    )
-    totals["samples_by_source"] = dict(zip(sources, summed[6:], strict=True))
-    return data, totals
-
-
-def _set_rates(recipe: Recipe, resolved: Resolved, built: state.Built, step: int) -> dict[str, float]:
-    assert resolved.warmup_steps is not None and resolved.decay_steps is not None  # the run's steps are known by now
-    factor = lr_factor(
-        step,
-        resolved.warmup_steps,
-        resolved.decay_steps,
-        recipe.schedule.name,
-        recipe.schedule.min_lr / recipe.optimizer.lr,
-    )
-    return set_learning_rates(built.engine.optimizer, factor)
-
-
-def _step(
-    recipe: Recipe,
-    world: dist.World,
-    built: state.Built,
-    data: StepData,
-    trained_tokens: int,
-    clock: Clock,
-    watch: Watch,
-) -> tuple[list[float], float]:
-    """One optimizer step. Returns this rank's sum of losses of each micro-step and the global gradient norm."""
-    losses = []
-    clock.start()
-    for number, host_batch in enumerate(data.micro_batches, start=1):
-        watch.mark("forward")
-        batch = host_batch.to(world.device)
-        features = tower_features(built.tower, batch, built.dtype, recipe.vision_tiles_per_chunk, built.cache)
-        clock.stop("vision")
-        loss_sum = zero.forward(built.engine, batch, features, last=number == len(data.micro_batches))
-        clock.stop("forward")
-        watch.mark("backward")
-        zero.backward(built.engine, loss_sum, trained_tokens)
-        clock.stop("backward")
-        losses.append(loss_sum.detach())
-    watch.mark("optimizer step")
-    grad_norm = zero.step(built.engine)
-    return torch.stack(losses).double().tolist(), grad_norm
-
-
-def _stop_for_non_finite(
-    world: dist.World, loss: float, grad_norm: float, step: int, data: StepData, losses: list[float], run: Path
-) -> None:
-    """Stops before a step with a broken loss or gradient can be saved; the last checkpoint stays as it is.
-
-    What the step was made of is written down: RUN/nonfinite/step_N.json, every rank's samples and losses.
-    """
-    own = [
-        {"loss": value, "samples": [list(ref) for ref in batch.samples]}
-        for value, batch in zip(losses, data.micro_batches, strict=True)
-    ]
-    ranks = dist.gather(world, own)
-    trained = sum(dist.gather(world, data.trained_tokens))
-    if not trained:
-        raise DataError(
-            f"step {step}: none of its samples could be used, so there is nothing to train on; see "
-            f"{run / 'bad_samples.jsonl'}"
-        )
-    file = run / "nonfinite" / f"step_{step}.json"
-    with dist.agreed(world, f"writing {file}"):
-        if world.rank == 0:
-            file.parent.mkdir(exist_ok=True)
-            content = {"format": checkpoint.FORMAT, "step": step, "loss": str(loss), "grad_norm": str(grad_norm)}
-            text = [[{**micro, "loss": str(micro["loss"])} for micro in rank] for rank in ranks]
-            checkpoint.write_json(file, {**content, "micro_steps_by_rank": text})
-    raise NvlmError(
-        f"step {step}: loss is {loss}, gradient norm {grad_norm}; nothing was saved after the last checkpoint in {run}."
-        f" The samples of this step (source, row, epoch) and their losses are in {file}. Lower optimizer.lr, lengthen "
-        "schedule.warmup_steps, or check these samples; then start again to resume"
-    )
-
-
-def _advance(progress: state.Progress, counts: dict[str, Any]) -> None:
-    progress.step += 1
-    progress.samples += counts["samples"]
-    progress.trained_tokens += counts["trained_tokens"]
-    progress.bad_samples += counts["bad"]
-    for source, samples in counts["samples_by_source"].items():
-        progress.samples_by_source[source] = progress.samples_by_source.get(source, 0) + samples
 
 
 def _record(
@@ -347,8 +282,8 @@ def _record(
 ) -> dict[str, Any]:
     return {
         "step": progress.step,
-        "loss": loss,
-        "grad_norm": grad_norm,
+        "loss": loss if math.isfinite(loss) else None,  # JSON has no NaN
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "lr": rates,
         "trained_tokens": counts["trained_tokens"],
         "tokens": counts["tokens"],
@@ -356,6 +291,7 @@ def _record(
         "samples": progress.samples,
         "share": {source: n / max(progress.samples, 1) for source, n in progress.samples_by_source.items()},
         "bad_samples": counts["bad"],
+        "skipped_steps": progress.skipped_steps,
     }
 
 

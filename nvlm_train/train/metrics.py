@@ -117,9 +117,8 @@ class Console:
         self.first, self.last, self.begun = first, last, time.monotonic()
 
     def step(self, record: dict[str, Any]) -> None:
-        text = (
-            f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s  {record['tiles_per_s']:,.0f} tiles/s"
-        )
+        loss = "not finite, left out" if record.get("skipped") else f"{record['loss']:.4f}"
+        text = f"loss {loss}  {record['tokens_per_s']:,.0f} tokens/s  {record['tiles_per_s']:,.0f} tiles/s"
         if self.bar is not None:
             self.bar.n = record["step"]
             self.bar.set_postfix_str(text)
@@ -128,8 +127,9 @@ class Console:
         left_s = (time.monotonic() - self.begun) / max(done, 1) * (self.last - record["step"])
         rates = " ".join(f"{module} {rate:.2e}" for module, rate in record["lr"].items())
         log.info(
-            "step %d/%d  %s  grad norm %.3f  lr %s  ETA %s",
-            record["step"], self.last, text, record["grad_norm"], rates, _duration(left_s),
+            "step %d/%d  %s  grad norm %s  lr %s  ETA %s",
+            record["step"], self.last, text, "-" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}",
+            rates, _duration(left_s),
         )  # fmt: skip
 
     def say(self, text: str) -> None:

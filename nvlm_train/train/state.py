@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from nvlm_train import checkpoint
+from nvlm_train.data.windows import Stretch
 from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
+from nvlm_train.engine.node import ReadOncePerNode
 from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
 from nvlm_train.model.nvlm import NvlmD
@@ -34,6 +37,7 @@ from nvlm_train.model.pretrained import (
 from nvlm_train.model.vision import InternVit
 from nvlm_train.recipe.resolve import Resolved, check_resume, recipe_to_dict
 from nvlm_train.recipe.schema import Recipe
+from nvlm_train.train.branch import Branch, recorded_branch
 from nvlm_train.train.feature_cache import FeatureCache, open_cache
 
 log = logging.getLogger(__name__)
@@ -57,6 +61,18 @@ class Progress:
     best_measure: str | None = None  # what `best_loss` was measured on, see `validation_measure`
     validations_without_improvement: int = 0
     validation_due: bool = False  # the run was asked to stop where it would have validated
+    skipped_steps: int = 0  # of `step`, those left out because a loss or gradient was not finite
+    nonfinite_in_a_row: int = 0  # such steps just before this one
+
+    @property
+    def adam_step(self) -> int:
+        """Updates that AdamW has really made."""
+        return self.step - self.skipped_steps
+
+    def forget_best(self) -> None:
+        """For a run that goes on from another's checkpoint: the best one so far is not in its own directory."""
+        self.best_loss = self.best_step = self.best_measure = None
+        self.validations_without_improvement = 0
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Progress:
@@ -82,18 +98,33 @@ class Start:
     step: int  # 0: from `init_from`
     changes: list[str]  # keys that differ from the last attempt, allowed
     resume: str = "auto"
-    later: list[int] = field(default_factory=list)  # complete checkpoints after `step`, to be set aside
+    new_init_from: bool = False  # init_from is not what the last attempt had
+    later: list[str] = field(default_factory=list)  # complete checkpoints after `step`, to be set aside
+    branch: Branch | None = None  # where the run began, if in another run's checkpoint
+    leaves: bool = False  # `checkpoint` is that of the other run
 
     @property
     def checkpoint(self) -> Path | None:
+        if self.leaves and self.branch is not None:
+            return self.branch.checkpoint
         return self.run / f"step_{self.step}" if self.step else None
 
+    @property
+    def skipped(self) -> tuple[Stretch, ...]:
+        """Data steps that this run never draws."""
+        return self.branch.skipped if self.branch is not None else ()
 
-def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
-    """Looks at the run directory before anything is built.
+    @property
+    def skipped_before(self) -> tuple[Stretch, ...]:
+        """Those that `checkpoint` knew of."""
+        return self.branch.inherited if self.leaves and self.branch is not None else self.skipped
 
-    Raises RecipeError when the directory belongs to a run that this recipe would change, or when `resume` is "never"
-    and it is not empty, or names a step without a complete checkpoint.
+
+def find_start(recipe: Recipe, resume: str, accept: Sequence[str], branch: Branch | None = None) -> Start:
+    """Looks at the run directory before anything is built. branch: what `--from` names.
+
+    Raises RecipeError when the directory belongs to a run that this recipe would change, or that did not begin with
+    `branch`, or when `resume` is "never" and it is not empty, or names a step without a complete checkpoint.
     """
     run = Path(recipe.output_dir)
     if run.exists() and not run.is_dir():
@@ -114,21 +145,40 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str]) -> Start:
                 "output_dir '%s' is no run of ours and not empty (%s, ...); the run's files are written beside what is "
                 "there", run, ", ".join(foreign[:3]),
             )  # fmt: skip
-        return Start(run, 0, [])
+        if branch is None:
+            return Start(run, 0, [])
+        then = checkpoint.read_json(branch.checkpoint.parent / "recipe.json")["recipe"]
+        changes = [str(difference.key) for difference in check_resume(then, recipe, accept)]
+        moved = then.get("init_from") != recipe_to_dict(recipe)["init_from"]
+        return Start(run, branch.step, changes, new_init_from=moved, branch=branch, leaves=True)
     if resume == "never":
         raise RecipeError(f"output_dir: '{run}' already holds a run and --resume is never; name another folder")
     content = checkpoint.read_json(run / "recipe.json")
+    began = recorded_branch(content)
+    if branch is not None and (began is None or began.recorded != branch.recorded):
+        where = "from its init_from" if began is None else f"from {began.checkpoint}, skipping {began.skips()}"
+        raise RecipeError(
+            f"output_dir: '{run}' already holds a run, which began {where}, not from {branch.checkpoint}, skipping "
+            f"{branch.skips()}; give the new run an output_dir of its own"
+        )
     differences = check_resume(content["recipe"], recipe, accept)
-    step = steps[-1] if steps else 0
+    leaves = not steps and began is not None
+    step = steps[-1] if steps else began.step if began is not None else 0
     if content["attempts"] and content["attempts"][-1].get("resume") == resume:
         log.info("the last attempt went back to %s already; going on from step_%d", resume, step)
     elif resume.startswith("step_"):
         step = int(resume.removeprefix("step_"))
         if step not in steps:
             there = ", ".join(f"step_{n}" for n in steps) or "none"
+            if step in checkpoint.committed_steps(run, "weights"):
+                there += f" (weights_{step} holds bf16 weights alone, which a new run can start from: init_from.run)"
             raise RecipeError(f"--resume {resume}: '{run}' has no complete checkpoint of that step; there are: {there}")
     changes = [str(difference.key) for difference in differences]
-    return Start(run, step, changes, resume, [n for n in steps if n > step])
+    later = [f"step_{n}" for n in steps if n > step]
+    if resume == f"step_{step}":
+        later = [f"weights_{n}" for n in checkpoint.committed_steps(run, "weights") if n > step] + later
+    moved = content["recipe"].get("init_from") != recipe_to_dict(recipe)["init_from"]
+    return Start(run, step, changes, resume, moved, later, began, leaves)
 
 
 def set_aside(start: Start) -> None:
@@ -142,23 +192,27 @@ def set_aside(start: Start) -> None:
     metrics = start.run / "metrics.jsonl"
     if metrics.exists():
         shutil.copy2(metrics, folder / metrics.name)
-    for step in reversed(start.later):  # the newest first: interrupted, the rest is still a run without a gap
-        (start.run / f"step_{step}").rename(folder / f"step_{step}")
-    log.info("set aside %s in %s", ", ".join(f"step_{step}" for step in start.later), folder)
+    for name in reversed(start.later):  # the newest first: interrupted, the rest is still a run without a gap
+        (start.run / name).rename(folder / name)
+    log.info("set aside %s in %s", ", ".join(start.later), folder)
 
 
 def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance: dict[str, Any]) -> None:
     """Writes RUN/recipe.json; earlier attempts stay listed in it."""
     start.run.mkdir(parents=True, exist_ok=True)
     path = start.run / "recipe.json"
-    attempts = checkpoint.read_json(path)["attempts"] if path.exists() else []
+    before = checkpoint.read_json(path) if path.exists() else {}
+    attempts = before.get("attempts", [])
+    if not before and start.leaves and start.branch is not None:  # what the other run came from is behind this one too
+        before = checkpoint.read_json(start.branch.checkpoint.parent / "recipe.json")
     went_back = start.resume if start.resume.startswith("step_") else None
     attempts.append({"from_step": start.step, "changed": start.changes, "resume": went_back, **provenance})
     content = {
         "format": checkpoint.FORMAT,
         "recipe_hash": resolved.recipe_hash,
         "recipe": recipe_to_dict(recipe),
-        "earlier_run": _earlier_run(recipe),
+        "earlier_run": before.get("earlier_run") if start.step and not start.new_init_from else _earlier_run(recipe),
+        "continued_from": start.branch.recorded if start.branch is not None else None,
         "attempts": attempts,
     }
     checkpoint.write_json(path, content)
@@ -178,12 +232,17 @@ def _earlier_run(recipe: Recipe) -> dict[str, Any] | None:
     }
 
 
-def write_base(run: Path, frozen: dict[str, str], world: dist.World) -> None:
+def write_base(run: Path, frozen: dict[str, str], copy: bool, world: dist.World) -> None:
     """Writes or checks RUN/base.json; every rank hashes its share of the files. See `checkpoint.write_base`."""
     with dist.agreed(world, f"making {run}"):
         run.mkdir(parents=True, exist_ok=True)
     checkpoint.write_base(
-        run, frozen, rank=world.rank, world_size=world.world_size, gather=lambda value: dist.gather(world, value)
+        run,
+        frozen,
+        copy=copy,
+        rank=world.rank,
+        world_size=world.world_size,
+        gather=lambda value: dist.gather(world, value),
     )
 
 
@@ -225,8 +284,16 @@ class _Only:
         return getattr(self._weights, attribute)
 
 
-def open_weights(recipe: Recipe) -> Weights:
-    """What `init_from` names, as one: folders first, an earlier run's trained modules in place of theirs."""
+def open_weights(recipe: Recipe, start: Start) -> Weights:
+    """What `init_from` names, as one: folders first, an earlier run's trained modules in place of theirs.
+
+    A run that has copies of its frozen weights (`checkpoint.base`) goes on from them, as long as init_from names the
+    same: the folders may be gone.
+    """
+    if start.checkpoint is not None and not start.new_init_from:
+        own = checkpoint.open_checkpoint(start.checkpoint)
+        if own.self_contained:
+            return own
     parts: list[Weights] = []
     earlier = None
     if recipe.init_from.run is not None:
@@ -271,7 +338,7 @@ def account_for_weights(recipe: Recipe, weights: Weights) -> Account:
 
 @dataclass
 class Built:
-    """The engine, and the frozen tower where it lives outside (replicated, not partitioned), with its cache if any."""
+    """The engine, and the frozen tower where it lives outside (`zero.tower: replicated`), with its cache if any."""
 
     engine: zero.Engine
     tower: InternVit | None
@@ -286,28 +353,35 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     skip_trained: a checkpoint follows that brings all trained weights.
     """
     dtype = DTYPES[recipe.precision]
-    tower = None
-    if recipe.train.vision == "frozen":
-        tower = _frozen_tower(recipe, weights, dtype, world.device)
-    with zero.partitioned_at_birth(resolved.deepspeed):
-        model = NvlmD(
-            recipe.model,
-            with_vision=tower is None,
-            activation_checkpointing=recipe.activation_checkpointing,
-            tiles_per_chunk=recipe.vision_tiles_per_chunk,
-            kernels=recipe.kernels,
-        )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(getattr(recipe.train, module_of(name)) == "full")
-    if resolved.deepspeed["zero_optimization"]["stage"] != 3:
-        model.to(device=world.device, dtype=dtype)
-    slice_of, write = zero.write_slice(world)
-    skipped = {name for name, p in model.named_parameters() if p.requires_grad} if skip_trained else set()
-    fill(model, weights, recipe.model, recipe.seed, slice_of, write, skip=skipped)
+    began = time.monotonic()
+    with ReadOncePerNode(weights, world, recipe.distributed.timeout_s) as shared:
+        tower = None
+        if recipe.tower_is_replicated:
+            with dist.agreed(world, "loading the vision tower"):
+                tower = _frozen_tower(recipe, shared, dtype, world.device)
+        with zero.partitioned_at_birth(resolved.deepspeed, world.device, dtype):
+            model = NvlmD(
+                recipe.model,
+                with_vision=tower is None,
+                activation_checkpointing=recipe.activation_checkpointing,
+                tiles_per_chunk=recipe.vision_tiles_per_chunk,
+                kernels=recipe.kernels,
+            )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(getattr(recipe.train, module_of(name)) == "full")
+        slice_of, write = zero.write_slice(world)
+        skipped = {name for name, p in model.named_parameters() if p.requires_grad} if skip_trained else set()
+        with dist.agreed(world, "loading weights"):
+            fill(model, shared, recipe.model, recipe.seed, slice_of, write, skip=skipped)
+        seconds = time.monotonic() - began
+        log.info("weights: %.1f MB read by this rank, in place after %.1f s", shared.bytes_read / 1e6, seconds)
     groups = parameter_groups(model.named_parameters(), recipe.optimizer, resolved.module_lr)
-    optimizer = build_optimizer(groups, recipe.optimizer, world.device.type)
+    offloaded = recipe.zero.offload_optimizer != "none"
+    optimizer = build_optimizer(groups, recipe.optimizer, world.device.type, offloaded)
     cache = open_cache(recipe, tower, dtype)
-    return Built(zero.build(model, optimizer, resolved.deepspeed, world), tower, dtype, groups, cache)
+    compare_calls_s = recipe.debug.collectives_timeout_s if recipe.debug.collectives else None
+    engine = zero.build(model, optimizer, resolved.deepspeed, world, compare_calls_s)
+    return Built(engine, tower, dtype, groups, cache)
 
 
 def _frozen_tower(recipe: Recipe, weights: Weights, dtype: torch.dtype, device: torch.device) -> InternVit:
@@ -331,18 +405,16 @@ class _Prefixed(torch.nn.Module):
 # ------------------------------------------------------------------------------------------------------ save, restore
 
 
-def save(built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: Resolved, data: dict[str, Any]) -> Path:
-    """Saves a checkpoint of the state after `progress.step`; every rank calls it. See `checkpoint.save`.
+def describe(built: Built, resolved: Resolved, progress: Progress, data: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's state.json says of the state after `progress.step`, beside shapes and files.
 
-    data: where the data stands (`DataPlan.state`).
+    data: where the data stands (`DataPlan.state`). prune: whether older ones beyond checkpoint.keep_last go.
     """
-    world = built.engine.world
-    shapes = {name: tuple(full_shape(parameter)) for name, parameter in built.engine.trainable()}
-    state = {
+    return {
         "recipe_hash": resolved.recipe_hash,
         "data_fingerprint": data["fingerprint"],
         "data": data,
-        "adam_step": progress.step,
+        "adam_step": progress.adam_step,
         "zero_stage": built.engine.stage,
         "groups": [
             {"name": g["name"], "peak_lr": g["peak_lr"], "weight_decay": g["weight_decay"], "names": g["names"]}
@@ -350,21 +422,6 @@ def save(built: Built, run: Path, progress: Progress, recipe: Recipe, resolved: 
         ],
         "progress": vars(progress),
     }
-    path = checkpoint.save(
-        run,
-        progress.step,
-        zero.read_slices(built.engine),
-        shapes,
-        state,
-        rank=world.rank,
-        world_size=world.world_size,
-        control=world.control,
-        gather=lambda value: dist.gather(world, value),
-    )
-    if world.rank == 0:
-        keep = [] if progress.best_step is None else [progress.best_step]
-        checkpoint.prune(run, recipe.checkpoint.keep_last, keep)
-    return path
 
 
 def restore(built: Built, path: Path) -> Progress:
@@ -373,6 +430,8 @@ def restore(built: Built, path: Path) -> Progress:
     with dist.agreed(world, f"reading {path}"):
         opened = checkpoint.Checkpoint(path)
         opened.verify_checksums(world.rank, world.world_size)
+        if opened.kind != "step":
+            raise CheckpointError(f"{path} holds bf16 weights alone and cannot be resumed; name it in init_from.run")
     names = {name: full_shape(parameter) for name, parameter in built.engine.trainable()}
     problems = [f"{name}: not in the checkpoint" for name in sorted(set(names) - set(opened.shapes))]
     problems += [f"{name}: not trained by this recipe" for name in sorted(set(opened.shapes) - set(names))]

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -640,3 +641,27 @@ def test_decode_threads_share_one_batch(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(plan.deal_step(0)) == 1
     steps_of(plan, 0, 1)
     assert max(busy) == 4
+
+
+def test_batches_for_a_gpu_are_pinned_ahead_in_a_thread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU here: what pins is replaced, the rest is real."""
+    seen: list[tuple[str, Any]] = []
+
+    def pin(batch: Batch) -> Batch:
+        seen.append((threading.current_thread().name, batch))
+        return replace(batch, num_tile_chunks=77)
+
+    monkeypatch.setattr(Batch, "pin_memory", pin)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(("set_device", device)))
+    plan = open_data(recipe_of(folder), rank=0, world_size=1)
+    plain = steps_of(plan)
+    device = torch.device("cuda", 3)
+    with StepLoader(plan, start_step=0, end_step=STEPS, pin_for=device) as steps:
+        pinned = list(steps)
+    assert [[segments(b) for b in one.micro_batches] for one in pinned] == [
+        [segments(b) for b in one.micro_batches] for one in plain
+    ]
+    assert {b.num_tile_chunks for one in pinned for b in one.micro_batches} == {77}
+    assert {name.split("_")[0] for name, _ in seen} == {"set", "nvlm-pin"} and ("set_device", device) in seen
+    with StepLoader(plan, start_step=0, end_step=100, pin_for=device) as steps:  # ends in the middle, thread and all
+        next(steps)

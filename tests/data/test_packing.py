@@ -16,6 +16,7 @@ from nvlm_train.data.packing import (
     balance,
     best_fit,
     deal,
+    make_pack,
     pack,
     twin,
     utilisation,
@@ -97,10 +98,16 @@ def test_balance_and_utilisation_by_hand() -> None:
         return Pack((SampleRef("s", row, 0),), tokens, tiles, tokens * 1.0 + 100.0 * tiles)
 
     dealt = [[[made(0, 8, 3)], [made(1, 8, 1)]], [[made(2, 4, 2)], [NULL_PACK]]]
-    assert balance(dealt) == Balance(tokens=(8 + 4) * 2 / 20, tiles=(3 + 2) * 2 / 6)
     cost = Cost(1.0, 0.0, 100.0)
+    assert balance(dealt, cost) == Balance(decoder=(8 + 4) * 2 / 20, tokens=(8 + 4) * 2 / 20, tiles=(3 + 2) * 2 / 6)
     assert utilisation(dealt, cost) == pytest.approx((600 + 20) / (2 * (300 + 8 + 200 + 4)))
-    assert balance([[[NULL_PACK], [NULL_PACK]]]) == Balance(1.0, 1.0)
+    assert balance([[[NULL_PACK], [NULL_PACK]]], cost) == Balance(1.0, 1.0, 1.0)
+    # one sample of 8 tokens beside four of 2: equally many tokens, but attention works 64 beside 16
+    lengths = np.array([8, 2, 2, 2, 2])
+    refs = [SampleRef("s", row, 0) for row in range(5)]
+    quadratic = Cost(1.0, 1.0, 100.0)
+    one, four = (make_pack(refs, lengths, lengths * 0, held, quadratic) for held in ([0], [1, 2, 3, 4]))
+    assert balance([[[one], [four]]], quadratic) == Balance(decoder=(8 + 64) * 2 / (16 + 80), tokens=1.0, tiles=1.0)
     assert utilisation([], cost) == 1.0
 
 

@@ -27,6 +27,7 @@ from nvlm_train.data.windows import (
     Windows,
     first_packs,
     locate,
+    merge_stretches,
     open_table,
     resolve_steps,
     window_samples,
@@ -246,6 +247,13 @@ def test_an_order_that_ends_gives_its_whole_steps_and_no_more(tmp_path: Path, by
 
     assert steps(RunLength(samples=1400, epochs=True, text="num_epochs 2")) == whole
     assert steps(RunLength(steps=whole, text="max_steps")) == whole
+    # data that is left out is missing at the end; only what lies before the end counts
+    file = tmp_path / f"{by_packs}.npy"
+    two_epochs = RunLength(samples=1400, epochs=True, text="num_epochs 2")
+    skips = ((3, 5), (whole, whole + 10))
+    assert resolve_steps(
+        windows, two_epochs, samples=samples, packs=packs, file=file, rank=0, skipped=skips
+    ).number == (whole - 4)
     too_long = (RunLength(steps=whole + 1), RunLength(samples=901), RunLength(samples=10**6), RunLength(tokens=10**9))
     for length in too_long:
         if length.tokens and not by_packs:
@@ -396,6 +404,26 @@ def test_a_longer_run_goes_on_in_the_same_order(folder: Path) -> None:
     short, long = (open_data(recipe_of(folder, **{**PACKS, "max_steps": n}), rank=0, world_size=2) for n in (10, 40))
     assert short.fingerprint == long.fingerprint and short.state(10) == long.state(10)
     assert [short.draws(step) for step in range(10)] == [long.draws(step) for step in range(10)]
+
+
+@pytest.mark.parametrize("unit", [{}, {"global_batch": {"packs": 9}}])
+def test_steps_whose_data_is_left_out_are_found_as_all_others(folder: Path, unit: dict[str, Any]) -> None:
+    """A pure mapping: step k is the k-th data step that is not skipped; the run takes as many steps."""
+    recipe = recipe_of(folder, **{**PACKS, "max_steps": 20, **unit}) if unit else recipe_of(folder, max_steps=20)
+    plan = open_data(recipe, rank=0, world_size=2)
+    skipped = merge_stretches([(15, 16), (4, 5), (6, 9)])
+    assert skipped == ((4, 9), (15, 16))
+    past = open_data(recipe, rank=0, world_size=2, skipped=skipped)
+    assert past.num_steps == plan.num_steps == 20 and past.fingerprint == plan.fingerprint
+    longer = open_data(recipe.model_copy(update={"max_steps": 40}), rank=0, world_size=2)
+    expected = [0, 1, 2, *range(9, 14), *range(16, 28)]
+    assert [past.steps.data_step(step) for step in range(20)] == expected
+    for step, data in enumerate(expected):
+        assert past.plan_step(step) == longer.plan_step(data) and past.draws(step) == longer.draws(data)
+    state, there = past.state(5), longer.state(11)
+    assert (state["data_step"], state["skip_steps"]) == (11, [[4, 9], [15, 16]])
+    assert {k: v for k, v in state.items() if k not in ("data_step", "skip_steps")} == {**there, "step": 5}
+    assert past.state(3, ()) == plan.state(3)
 
 
 def test_predictions(folder: Path) -> None:

@@ -19,6 +19,7 @@ from nvlm_train.model.vision import InternVit
 from nvlm_train.recipe import schema
 from tiny import IMAGE_TOKENS, make_batch, model_config, null_batch, seeded_value
 
+MODELS: dict[str, Any] = {"nvlm_d": NvlmD}  # by architecture; a new one gets a plain twin in test_zero_equality.py
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -52,36 +53,45 @@ def start(
     tiles_per_chunk: int = 2,
     lr: float = 1e-2,
     seed: int = 3,
+    compare_calls_s: float | None = None,
     **zero_keys: Any,
 ) -> tuple[zero.Engine, InternVit | None, dist.World]:
     world = dist.start(resolve_launch(), timeout_s=240)
+    from deepspeed.utils import groups
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's: DeepSpeed makes it once a process, and then always uses it
     modes = schema.Train.model_validate(train or {})
     dtype = DTYPES[precision]
     config = model_config(tie_word_embeddings=tied)
     tower = None
-    if modes.vision == "frozen":
-        tower = InternVit(config.vision)
-        with torch.no_grad():
-            for name, parameter in tower.named_parameters():
-                parameter.copy_(seeded_value("vision_model." + name, tuple(parameter.shape), seed))
-        tower = tower.to(dtype).requires_grad_(False)
+    if modes.vision == "frozen" and zero_keys.get("tower") != "partitioned":
+        tower = make_tower(config, seed, dtype)
     settings = deepspeed_dict(stage, precision, clip, **zero_keys)
-    with zero.partitioned_at_birth(settings):
-        model = NvlmD(
+    with zero.partitioned_at_birth(settings, world.device, dtype):
+        model = MODELS[config.architecture](
             config, with_vision=tower is None, activation_checkpointing=checkpointing, tiles_per_chunk=tiles_per_chunk
         )
     slice_of, write = zero.write_slice(world)
-    if stage != 3:
-        model.to(dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(getattr(modes, module_of(name)) == "full")
         value = seeded_value(name, tuple(full_shape(parameter)), seed)
         part = slice_of(parameter)
         write(parameter, value if part is None else value.flatten()[part[0] : part[1]])
-    optimizer = schema.Optimizer(lr=lr, weight_decay=0.1, betas=[0.9, 0.95])
+    optimizer = schema.Optimizer(lr=lr or 1.0, weight_decay=0.1, betas=[0.9, 0.95])  # the rates below are what counts
     rates = {"vision": lr, "projector": lr * 2, "language_model": lr}
     groups = parameter_groups(model.named_parameters(), optimizer, rates)
-    return zero.build(model, build_optimizer(groups, optimizer, "cpu"), settings, world), tower, world
+    offloaded = "offload_optimizer" in settings["zero_optimization"]
+    made = build_optimizer(groups, optimizer, "cpu", offloaded)
+    return zero.build(model, made, settings, world, compare_calls_s), tower, world
+
+
+def make_tower(config: schema.Model, seed: int, dtype: torch.dtype) -> InternVit:
+    """The frozen tower outside the engine."""
+    tower = InternVit(config.vision)
+    with torch.no_grad():
+        for name, parameter in tower.named_parameters():
+            parameter.copy_(seeded_value("vision_model." + name, tuple(parameter.shape), seed))
+    return tower.to(dtype).requires_grad_(False)
 
 
 def deal(
@@ -108,6 +118,24 @@ def deal(
     return table
 
 
+def table_of(step: dict[str, Any], world_size: int, tiles_per_chunk: int) -> list[list[Batch]]:
+    """[micro_step][rank] -> Batch of a step: {"samples", "seed", "packs"} as `deal` places them, or {"slots", "seed"},
+    where slots[micro_step][rank] is what the pack holds, (text tokens, tiles) each, or None for a null pack."""
+    if "slots" not in step:
+        return deal(step["samples"], step["seed"], step["packs"], world_size, tiles_per_chunk)
+    table = []
+    for micro, row in enumerate(step["slots"]):
+        chunks = max(-(-sum(tiles for _, tiles in pack or ()) // tiles_per_chunk) for pack in row)
+        seeds = [step["seed"] * 100 + micro * world_size + rank for rank in range(world_size)]
+        table.append(
+            [
+                null_batch(chunks) if pack is None else make_batch(pack, seed, num_tile_chunks=chunks)
+                for pack, seed in zip(row, seeds, strict=True)
+            ]
+        )
+    return table
+
+
 def train_steps(
     *,
     rank: int,
@@ -118,14 +146,14 @@ def train_steps(
     precision: str = "fp32",
     **options: Any,
 ) -> dict[str, Any]:
-    """Trains on `steps`, each {"samples": [(text, tiles)], "seed": n, "packs": p}.
+    """Trains on `steps`, see `table_of`.
 
     Returns losses, gradient norms, gradients of the steps asked for, and the final parameters (rank 0; others None).
     """
     engine, tower, world = start(precision=precision, tiles_per_chunk=tiles_per_chunk, **options)
     out: dict[str, Any] = {"losses": [], "norms": [], "gradients": {}}
     for number, step in enumerate(steps):
-        table = deal(step["samples"], step["seed"], step["packs"], world_size, tiles_per_chunk)
+        table = table_of(step, world_size, tiles_per_chunk)
         total = sum(batch.num_trained_tokens for row in table for batch in row)
         loss_sum = 0.0
         for micro, row in enumerate(table):
@@ -240,7 +268,7 @@ def save_and_restore(
         shapes = {name: tuple(full_shape(p)) for name, p in engine.trainable()}
         checkpoint.save(
             run, 3, zero.read_slices(engine), shapes, {"adam_step": 3}, rank=rank, world_size=world_size,
-            control=world.control, gather=lambda value: dist.gather(world, value),
+            gather=lambda value: dist.gather(world, value),
         )  # fmt: skip
         out["uninterrupted"] = train(engine, tower, world, range(3, 6))
         out["state_uninterrupted"] = full_state(engine, world)

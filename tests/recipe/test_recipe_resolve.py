@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvlm_train.engine.deepspeed_config import deepspeed_config
+from nvlm_train.engine.deepspeed_config import SUPPORTED_BEFORE, SUPPORTED_FROM, deepspeed_config
 from nvlm_train.engine.memory import KINDS, predict_memory
 from nvlm_train.errors import RecipeError
 from nvlm_train.model.flops import count_parameters
@@ -22,6 +24,7 @@ from nvlm_train.recipe.resolve import (
     lr_factor,
     recipe_hash,
     recipe_to_dict,
+    refuse_unsupported,
     resolve,
     warmup_steps,
 )
@@ -336,6 +339,68 @@ print("understood", len(json.loads(sys.argv[1])))
     assert done.returncode == 0 and "understood 7" in done.stdout, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["zero.tower=replicated", "train.vision=full"], r"zero\.tower: 'replicated' needs a frozen tower, but .*full"),
+        (["zero.tower=partitioned", "zero.stage=2"], r"zero\.tower: 'partitioned' shares weights out, which .* 2 does"),
+        (
+            ["zero.tower=partitioned", "vision_feature_cache={path: c, max_gib: 1}"],
+            r"vision_feature_cache: .*needs a tower that a rank can run alone",
+        ),
+        (
+            ["zero.stage=0", "precision=fp32", "zero.offload_optimizer=cpu"],
+            r"zero\.offload_optimizer: .*use zero\.stage=1",
+        ),
+        (["zero.stage=2", "zero.offload_param=cpu"], r"zero\.offload_param: 'cpu' needs weights that are shared out"),
+        (["zero.offload_param=cpu"], r"zero\.offload_param: 'cpu' needs the optimizer beside it"),
+        (["zero.offload_optimizer=nvme"], r"zero\.offload_optimizer: 'nvme' is not supported: DeepSpeed keeps"),
+        (
+            ["zero.stage=1", "zero.experimental.hpz_partition_size=2"],
+            r"hpz_partition_size: 2 needs weights",
+        ),
+    ],
+)
+def test_zero_options_that_do_not_fit_are_refused_by_name(load, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        load(*overrides)
+
+
+def test_hpz_must_divide_the_ranks(load):
+    recipe = load("zero.experimental.hpz_partition_size=8")
+    with pytest.raises(RecipeError, match=r"hpz_partition_size: 8 does not divide 12 ranks"):
+        resolve(recipe, 12)
+    assert any("hpZ has run on a CPU only" in warning for warning in resolve(recipe, 16).warnings)
+    assert resolve(recipe, 4)  # one group of 4
+
+
+def test_options_reach_deepspeed(load):
+    made = deepspeed_config(load("zero.offload_optimizer=cpu", "zero.offload_param=cpu"))
+    zero = made["zero_optimization"]
+    assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu"}
+    assert made["zero_force_ds_cpu_optimizer"] is False and "zero_hpz_partition_size" not in zero
+    hpz = deepspeed_config(load("zero.experimental.hpz_partition_size=4"))
+    assert hpz["zero_optimization"]["zero_hpz_partition_size"] == 4
+
+
+def test_another_deepspeed_is_refused_with_the_options_by_name_and_line(tmp_path):
+    loaded = load_recipe(write(tmp_path, BASE + "zero: {offload_optimizer: cpu}\n"), ["zero.stage=2"])
+    for good in (None, "0.19.8", "0.19.12+cu128"):
+        refuse_unsupported(loaded, good)
+    for bad in ("0.18.3", "0.20.0", "1.0"):
+        with pytest.raises(RecipeError) as error:
+            refuse_unsupported(loaded, bad)
+        lines = str(error.value).splitlines()
+        assert lines[0].startswith(f"override zero.stage=2 zero.stage: deepspeed {bad} is installed")
+        assert re.match(rf".*r\.yaml:\d+ zero\.offload_optimizer: deepspeed {re.escape(bad)} is installed", lines[1])
+        assert "install deepspeed>=0.19.8,<0.20" in lines[1] and len(lines) == 2
+
+
+def test_the_supported_range_is_that_of_pyproject():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"deepspeed>={SUPPORTED_FROM},<{SUPPORTED_BEFORE}"' in text
+
+
 def test_stage_0_in_bf16_is_refused_with_what_would_do(load):
     with pytest.raises(RecipeError, match=r"zero\.stage: 0 has no fp32 masters .* use zero\.stage=1 or precision=fp32"):
         load("zero.stage=0")
@@ -349,7 +414,7 @@ def test_predicted_states_by_hand(load):
     share = -(-inside // 4)
     assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (2 * share, 4 * share, 12 * share)
     assert memory["tower_replicated"] == 2 * parameters["vision"]
-    assert memory["total"] == sum(memory[kind] for kind in KINDS) and set(memory) == {*KINDS, "total"}
+    assert memory["total"] == sum(memory[kind] for kind in KINDS) and set(memory) == {*KINDS, "total", "host"}
     for stage, shared, precision, bytes_each in (
         (0, (), "fp32", {"weights": 4, "gradients": 4, "optimizer": 8}),  # the weights are their own masters
         (1, ("optimizer",), "bf16", {"weights": 2, "gradients": 4, "optimizer": 12}),
@@ -359,8 +424,17 @@ def test_predicted_states_by_hand(load):
         found = predict(load("micro_batch_size=2", f"zero.stage={stage}", f"precision={precision}"), 4)
         for kind, size in bytes_each.items():
             assert found[kind] == size * (share if kind in shared else inside), (stage, kind)
-    # a tower in training is inside the engine
+    # a tower in training is inside the engine, and a frozen one where the recipe says so
     assert predict(load("train.vision=full"), 4)["tower_replicated"] == 0
+    partitioned = predict(load("zero.tower=partitioned", "micro_batch_size=2"), 4)
+    assert partitioned["tower_replicated"] == 0
+    assert partitioned["weights"] == 2 * -(-(inside + parameters["vision"]) // 4)
+    assert (partitioned["gradients"], partitioned["optimizer"]) == (memory["gradients"], memory["optimizer"])
+    # what is offloaded is in the host's memory
+    moved = predict(load("micro_batch_size=2", "zero.offload_optimizer=cpu"), 4)
+    assert (moved["optimizer"], moved["gradients"], moved["host"]) == (0, 0, 16 * share)
+    moved = predict(load("micro_batch_size=2", "zero.offload_optimizer=cpu", "zero.offload_param=cpu"), 4)
+    assert (moved["weights"], moved["host"]) == (0, 18 * share)
 
 
 def test_memory_of_the_full_size_is_that_of_the_table():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nvlm_train.engine import engine as zero
-from nvlm_train.errors import NvlmError
+from nvlm_train.errors import NvlmError, PeerError
 from nvlm_train.recipe.load import load_recipe
 from nvlm_train.train import loop
 
@@ -28,6 +28,8 @@ def train(
         return loop.train(load_recipe(recipe, overrides), resume, list(accept)), ""
     except NvlmError as error:
         return 2, f"{type(error).__name__}: {error}"
+    except PeerError as error:
+        return 1, f"{type(error).__name__}: {error}"
 
 
 def train_with_signal(
@@ -62,20 +64,19 @@ def train_with_full_disk(
     """Trains; the disk is full for one rank in its n-th save."""
     from nvlm_train import checkpoint
 
-    original, saves = checkpoint.sha256, [0]
+    original, saves = checkpoint._write_parts, [0]
 
-    def sha256(path: Any) -> str:
-        if path.name.startswith(f"__{rank}_"):
-            saves[0] += 1
-            if rank == on_rank and saves[0] == save_number:
-                raise OSError(28, "No space left on device", str(path))
-        return original(path)
+    def write_parts(path: Any, *args: Any) -> Any:
+        saves[0] += 1
+        if rank == on_rank and saves[0] == save_number:
+            raise OSError(28, "No space left on device", str(path))
+        return original(path, *args)
 
-    checkpoint.sha256 = sha256
+    checkpoint._write_parts = write_parts
     try:
         return train(rank=rank, world_size=world_size, recipe=recipe, overrides=overrides)
     finally:
-        checkpoint.sha256 = original
+        checkpoint._write_parts = original
 
 
 def train_with_broken_sink(
@@ -124,3 +125,38 @@ def train_with_error(
         return f"{type(error).__name__}: {error}"
     finally:
         loop.StepLoader.__next__, validation.validation_batches = original_next, original_batches
+
+
+def train_with_slow_writing(
+    *,
+    rank: int,
+    world_size: int,
+    recipe: str,
+    overrides: Sequence[str],
+    seconds: float,
+    on_rank: int | None = None,
+) -> tuple[int, str, int]:
+    """Trains; writing a rank's part of a save takes so many seconds. Returns besides how many steps ended meanwhile."""
+    from nvlm_train import checkpoint
+
+    write_parts, step = checkpoint._write_parts, zero.step
+    release, steps, beside = threading.Event(), [0], [0]
+
+    def slow(*args: Any) -> Any:
+        began = steps[0]
+        if on_rank is None or rank == on_rank:
+            release.wait(seconds)
+        found = write_parts(*args)
+        beside[0] += steps[0] - began
+        return found
+
+    def counted(engine: Any) -> float:
+        steps[0] += 1
+        return step(engine)
+
+    checkpoint._write_parts, zero.step = slow, counted
+    try:
+        return *train(rank=rank, world_size=world_size, recipe=recipe, overrides=overrides), beside[0]
+    finally:
+        release.set()
+        checkpoint._write_parts, zero.step = write_parts, step

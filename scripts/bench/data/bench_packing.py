@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 
-from nvlm_train.data.packing import Cost, Pack, best_fit, by_cost, deal, fill_bins, work_and_time
+from nvlm_train.data.packing import Cost, Pack, balance, best_fit, by_cost, deal, fill_bins, work_and_time
 
 WINDOW = 8192
 GLOBAL_BATCH = 64
@@ -148,6 +148,17 @@ def used(packs: list[Pack], ranks: int, by_falling_cost: bool) -> float:
     return work / spent
 
 
+def imbalance(packs: list[Pack], ranks: int, by_falling_cost: bool) -> dict[str, float]:
+    """Most of any rank by the mean of the ranks, of decoder work (tokens and attention) and of tiles, over whole global
+    batches: 1 is even."""
+    dealt = []
+    for begin in range(0, len(packs) // GLOBAL_BATCH * GLOBAL_BATCH, GLOBAL_BATCH):
+        batch = packs[begin : begin + GLOBAL_BATCH]
+        dealt += deal(by_cost(batch) if by_falling_cost else batch, ranks, 1)
+    found = balance(dealt, COST)
+    return {"decoder": found.decoder, "tiles": found.tiles}
+
+
 def measure(text_share: float, accounting: str, capacity: int, windows: int, repeats: int) -> dict[str, Any]:
     """Every method on the same windows."""
     data = [draw(WINDOW, text_share, accounting, seed) for seed in range(windows)]
@@ -180,6 +191,10 @@ def measure(text_share: float, accounting: str, capacity: int, windows: int, rep
                 order: {str(ranks): used(made, ranks, order == "by_cost") for ranks in (8, 64)}
                 for order in ("as_they_come", "by_cost")
             },
+            "imbalance": {
+                order: {str(ranks): imbalance(made, ranks, order == "by_cost") for ranks in (8, 64)}
+                for order in ("as_they_come", "by_cost")
+            },
             "us_per_sample": statistics.median(seconds[name]) / (windows * WINDOW) * 1e6,
         }
         rows[name]["time_ratio_to_ours"] = statistics.median(
@@ -203,6 +218,8 @@ def markdown(results: list[dict[str, Any]], head: str) -> str:
         (__doc__ or "").split("\n\n", 2)[2].strip(),
         "",
         "Full: tokens by what packs could hold (X: tiles). Used: share of the ranks' time that is work, 8 / 64 ranks. "
+        "Decoder, tiles: imbalance, most of any rank by the mean (1 is even), of the decoder's work with attention and "
+        "of tiles, 8 / 64 ranks. "
         "Slower: time to plan, in times ours.",
     ]
     for found in results:
@@ -212,15 +229,21 @@ def markdown(results: list[dict[str, Any]], head: str) -> str:
             f"## {found['accounting']}, {found['text_share']:.0%} text, packs of {found['pack_tokens']} tokens{tiles} "
             f"(mean sample {found['mean_tokens']:.0f} tokens, {found['mean_tiles']:.2f} tiles)",
             "",
-            "| packing | full % | used %, as they come | used %, dealt by cost | us a sample | slower |",
-            "|---|---|---|---|---|---|",
+            "| packing | full % | used %, as they come | used %, dealt by cost | decoder, as they come | "
+            "decoder, by cost | tiles, as they come | tiles, by cost | us a sample | slower |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for name, row in found["methods"].items():
             full = row["token_efficiency"] if row["tile_efficiency"] is None else row["tile_efficiency"]
             one, other = row["utilisation"]["as_they_come"], row["utilisation"]["by_cost"]
+            uneven = " | ".join(
+                " / ".join(f"{row['imbalance'][order][ranks][unit]:.3f}" for ranks in ("8", "64"))
+                for unit in ("decoder", "tiles")
+                for order in ("as_they_come", "by_cost")
+            )
             text.append(
                 f"| {name} | {100 * full:.1f} | {100 * one['8']:.1f} / {100 * one['64']:.1f} | "
-                f"{100 * other['8']:.1f} / {100 * other['64']:.1f} | {row['us_per_sample']:.1f} | "
+                f"{100 * other['8']:.1f} / {100 * other['64']:.1f} | {uneven} | {row['us_per_sample']:.1f} | "
                 f"{row['time_ratio_to_ours']:.2f} |"
             )
     return "\n".join(text) + "\n"
