@@ -93,6 +93,7 @@ def interrupt(kind: str, job: Job, run: Path, disk: Path, rank: int, fault_injec
     elif kind == "usr2":
         job.signal(signal.SIGUSR2)
     elif kind == "file":
+        run.mkdir(exist_ok=True)
         (run / "stop").touch()
     elif kind == "freeze":
         job.signal(signal.SIGSTOP, rank)
