@@ -284,13 +284,13 @@ class _Only:
         return getattr(self._weights, attribute)
 
 
-def open_weights(recipe: Recipe, start: Start) -> Weights:
+def open_weights(recipe: Recipe, start: Start | None = None) -> Weights:
     """What `init_from` names, as one: folders first, an earlier run's trained modules in place of theirs.
 
     A run that has copies of its frozen weights (`checkpoint.base`) goes on from them, as long as init_from names the
     same: the folders may be gone.
     """
-    if start.checkpoint is not None and not start.new_init_from:
+    if start is not None and start.checkpoint is not None and not (start.leaves or start.new_init_from):
         own = checkpoint.open_checkpoint(start.checkpoint)
         if own.self_contained:
             return own
