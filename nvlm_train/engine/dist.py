@@ -57,7 +57,14 @@ def start(launch: Launch, timeout_s: float, store: dist.Store | None = None) -> 
     owned = not dist.is_initialized()
     if owned:
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=launch.rank, world_size=launch.world_size)
+        dist.init_process_group(
+            backend,
+            timeout=timeout,
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            device_id=device if on_gpu else None,  # NCCL meets here, not in the first collective, and knows its GPU
+        )
     deepspeed.init_distributed(dist_init_required=False)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return World(launch.rank, launch.world_size, device, control, owned)

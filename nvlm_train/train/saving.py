@@ -37,7 +37,7 @@ class Saver:
         say: Callable[[str], object],
         alive: Callable[[], object],
     ) -> None:
-        """say: tells the user, on rank 0. alive: the rank got on (see `HangWatch`)."""
+        """say: tells the user, on rank 0. alive: the rank got on (see `Watch`)."""
         self._built, self._run, self._recipe, self._resolved = built, run, recipe.checkpoint, resolved
         self._engine, self._world = built.engine, built.engine.world
         self._say, self._alive = say, alive

@@ -149,7 +149,8 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str], branch: Branc
             return Start(run, 0, [])
         then = checkpoint.read_json(branch.checkpoint.parent / "recipe.json")["recipe"]
         changes = [str(difference.key) for difference in check_resume(then, recipe, accept)]
-        return Start(run, branch.step, changes, branch=branch, leaves=True)
+        moved = then.get("init_from") != recipe_to_dict(recipe)["init_from"]
+        return Start(run, branch.step, changes, new_init_from=moved, branch=branch, leaves=True)
     if resume == "never":
         raise RecipeError(f"output_dir: '{run}' already holds a run and --resume is never; name another folder")
     content = checkpoint.read_json(run / "recipe.json")
@@ -202,6 +203,8 @@ def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance
     path = start.run / "recipe.json"
     before = checkpoint.read_json(path) if path.exists() else {}
     attempts = before.get("attempts", [])
+    if not before and start.leaves and start.branch is not None:  # what the other run came from is behind this one too
+        before = checkpoint.read_json(start.branch.checkpoint.parent / "recipe.json")
     went_back = start.resume if start.resume.startswith("step_") else None
     attempts.append({"from_step": start.step, "changed": start.changes, "resume": went_back, **provenance})
     content = {
@@ -281,13 +284,13 @@ class _Only:
         return getattr(self._weights, attribute)
 
 
-def open_weights(recipe: Recipe, start: Start) -> Weights:
+def open_weights(recipe: Recipe, start: Start | None = None) -> Weights:
     """What `init_from` names, as one: folders first, an earlier run's trained modules in place of theirs.
 
     A run that has copies of its frozen weights (`checkpoint.base`) goes on from them, as long as init_from names the
     same: the folders may be gone.
     """
-    if start.checkpoint is not None and not start.new_init_from:
+    if start is not None and start.checkpoint is not None and not (start.leaves or start.new_init_from):
         own = checkpoint.open_checkpoint(start.checkpoint)
         if own.self_contained:
             return own

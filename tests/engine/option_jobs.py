@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,37 +39,45 @@ def _train(engine: zero.Engine, tower: Any, world: dist.World, steps: range, pre
     return losses
 
 
-def options(*, rank: int, world_size: int, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Three steps without any option; then from that state three more with each option, its state read at the end, and
-    put into another engine with the option, which goes on alone."""
+@cache
+def _base(rank: int) -> tuple[dict[str, Any], list[float], dict[str, Any]]:
+    """Three steps without any option: every rank's slices after them, the losses of three more, and the state then."""
     engine, tower, world = start(stage=3)
     _train(engine, tower, world, range(3))
-    slices = zero.read_slices(engine)
-    whole = {n: dist.gather(world, parts) for n, parts in slices.items()}  # every rank's, as any stage may ask for them
-    out: dict[str, Any] = {"none": _train(engine, tower, world, range(3, 6))}
-    expected = full_state(engine, world)
+    whole = _gathered(engine, world)
+    losses = _train(engine, tower, world, range(3, 6))
+    return whole, losses, full_state(engine, world)
 
-    def read(name: str, key: str, begin: int, end: int) -> torch.Tensor:
-        return torch.cat([part[key] for part in whole[name]])[begin:end]
 
-    for name, keys in cases.items():
-        engine, tower, world = _start_with_base(keys, seed=8)
-        zero.write_slices(engine, read, 3)
-        losses = _train(engine, tower, world, range(3, 6))
-        state = full_state(engine, world)
-        after = {n: dist.gather(world, parts) for n, parts in zero.read_slices(engine).items()}
-        further = _train(engine, tower, world, range(6, 8))
-        again, tower, world = _start_with_base(keys, seed=9)
-        zero.write_slices(again, lambda n, k, b, e, a=after: torch.cat([part[k] for part in a[n]])[b:e], 6)
-        out[name] = {
-            "losses": losses,
-            "state": {
-                key: max(float((state[key][n] - value).abs().max()) for n, value in expected[key].items())
-                for key in zero.STATE_KEYS
-            },
-            "resumed_equal": _train(again, tower, world, range(6, 8)) == further,
-        }
-    return out
+def _gathered(engine: zero.Engine, world: dist.World) -> dict[str, Any]:
+    return {name: dist.gather(world, parts) for name, parts in zero.read_slices(engine).items()}
+
+
+def _put(engine: zero.Engine, whole: dict[str, Any], step: int) -> None:
+    zero.write_slices(engine, lambda n, k, b, e: torch.cat([part[k] for part in whole[n]])[b:e], step)
+
+
+def option(*, rank: int, world_size: int, keys: dict[str, Any]) -> dict[str, Any]:
+    """From `_base` three more steps with an option, its state read at the end, and put into another engine with the
+    option, which goes on alone."""
+    whole, expected_losses, expected = _base(rank)
+    engine, tower, world = _start_with_base(keys, seed=8)
+    _put(engine, whole, 3)
+    losses = _train(engine, tower, world, range(3, 6))
+    state, after = full_state(engine, world), _gathered(engine, world)
+    further = _train(engine, tower, world, range(6, 7))
+    again, tower, world = _start_with_base(keys, seed=9)
+    _put(again, after, 6)
+    return {
+        "losses": losses,
+        "expected_losses": expected_losses,
+        "state": {
+            key: max(float((state[key][n] - value).abs().max()) for n, value in expected[key].items())
+            for key in zero.STATE_KEYS
+        },
+        "further": further,
+        "resumed": _train(again, tower, world, range(6, 7)),
+    }
 
 
 def _start_with_base(keys: dict[str, Any], seed: int) -> tuple[zero.Engine, Any, dist.World]:

@@ -58,6 +58,6 @@ def test_a_rank_holds_its_share_and_one_tensor(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_holds_its_share_and_one_tensor_of_a_larger_model(tmp_path: Path) -> None:
-    """186 M parameters in bf16 on 2 ranks."""
+    """206 M parameters in bf16 on 2 ranks. Measured: 256 MB for a share of 206 MB and a largest tensor of 49 MB."""
     for found in run_distributed(2, "engine/loading_jobs.py:load", recipe=_recipe(tmp_path, 1024, 10, 24000)):
         _check(found)

@@ -88,3 +88,20 @@ def test_names_of_research_licences(name: str) -> None:
 @pytest.mark.parametrize("name", ["MIT", "Apache-2.0", "tongyi-qianwen", "CC-BY-4.0", "NCSA", None])
 def test_names_of_other_licences(name: str | None) -> None:
     assert not card.is_research_only(name)
+
+
+def test_data_that_was_left_out_is_told() -> None:
+    first = {"path": "/runs/a/step_40", "step": 40, "recipe_hash": "abc", "skip_steps": [[41, 50]]}
+    second = {"path": "/runs/b/step_90", "step": 90, "recipe_hash": "def", "skip_steps": [[41, 50], [93, 93]]}
+    text = card.model_card(
+        make_recipe(Path("t")),
+        step=95,
+        recipe_hash="abc",
+        dtype="bf16",
+        continued_from={**second, "continued_from": first},
+    )
+    assert (
+        "- went on from step 90 of `b` (recipe hash def), never drawing the data of steps 41 to 50, 93 to 93\n" in text
+    )
+    assert "- went on from step 40 of `a` (recipe hash abc), never drawing the data of steps 41 to 50\n" in text
+    assert "went on from" not in write(make_recipe(Path("t")))[1]

@@ -226,7 +226,8 @@ ADDED = [
         "zero: 3",
         [
             "r.yaml:24 zero: 3 is not a section; give a section with stage, reduce_bucket_size, prefetch_bucket_size, "
-            "param_persistence_threshold, max_live_parameters, max_reuse_distance, communication_data_type"
+            "param_persistence_threshold, max_live_parameters, max_reuse_distance, communication_data_type, tower, "
+            "offload_optimizer, offload_param, experimental"
         ],
     ),
     ("extends: no.yaml", ["r.yaml:24 extends: 'no.yaml' is not there (no.yaml); the path is relative to this file"]),

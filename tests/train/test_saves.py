@@ -178,10 +178,8 @@ def test_saved_on_two_ranks_and_gone_on_with_others(inputs: Path, long: Path, tm
     for one, two in zip(steps(out), steps(long), strict=True):
         counts = ("step", "samples", "trained_tokens", "tiles")
         assert [one[key] for key in counts] == [two[key] for key in counts]
-        # Worst case measured over 20 steps of lr 3e-3: see below
+        # the order of sums differs; Adam makes rounding of small gradients large
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
-    worst = max(abs(one["loss"] - two["loss"]) for one, two in zip(steps(out), steps(long), strict=True))
-    print(f"worst {worst:.2e}")
     groups = checkpoint.Checkpoint(out).state["groups"]
     assert groups == checkpoint.Checkpoint(long).state["groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.5}

@@ -15,8 +15,8 @@ from nvlm_train import checkpoint
 from nvlm_train.data.plan import open_data
 from nvlm_train.errors import CheckpointError, RecipeError
 from nvlm_train.recipe.load import find_key, load_recipe
-from nvlm_train.recipe.resolve import resolve
-from nvlm_train.train import oom
+from nvlm_train.recipe.resolve import recipe_to_dict, resolve
+from nvlm_train.train import oom, state
 from nvlm_train.train.branch import open_branch
 from nvlm_train.train.metrics import MetricsFile
 from nvlm_train.train.replay import module_name
@@ -204,6 +204,30 @@ def test_going_on_past_data_that_is_left_out(inputs: Path, stopped: tuple[Path, 
     # a branch of a branch keeps what its origin left out
     branch = open_branch(str(out / "step_6"), [(9, 12), (8, 8)])
     assert branch.inherited == ((5, 5),) and branch.skipped == ((5, 5), (8, 12)) and branch.step == 6
+
+
+def test_licences_behind_the_other_run_travel(inputs: Path, tmp_path: Path) -> None:
+    """A second stage that goes on in a new run still records its first stage, whose folder may be gone."""
+    other = tmp_path / "other"
+    for folder in (other / "step_4", tmp_path / "new"):
+        folder.mkdir(parents=True)
+    (other / "step_4" / "COMMITTED").touch()
+    (other / "step_4" / "state.json").write_text('{"format": 1, "step": 4}')
+    recipe = load_recipe(inputs, [f"output_dir={tmp_path / 'new'}", "init_from.run=gone/step_9"]).recipe
+    stage_1 = {"path": "gone/step_9", "recipe_hash": "x", "recipe": {}, "earlier_run": None}
+    content = {
+        "format": 1,
+        "recipe_hash": "y",
+        "recipe": recipe_to_dict(recipe),
+        "earlier_run": stage_1,
+        "attempts": [1],
+    }
+    (other / "recipe.json").write_text(json.dumps(content))
+    start = state.find_start(recipe, "auto", (), open_branch(str(other / "step_4"), [(5, 5)]))
+    state.write_run_files(start, recipe, resolve(recipe, 1), {"world_size": 1})
+    written = json.loads((tmp_path / "new" / "recipe.json").read_text())
+    assert written["earlier_run"] == stage_1 and len(written["attempts"]) == 1
+    assert written["continued_from"]["skip_steps"] == [[5, 5]]
 
 
 def test_data_that_was_trained_on_cannot_be_left_out(stopped: tuple[Path, str]) -> None:

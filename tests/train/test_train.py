@@ -150,7 +150,7 @@ def test_zero_options_may_change_on_resume(inputs: Path, whole: Path, tmp_path: 
     assert checkpoint.committed_steps(out) == [3]
     assert run(inputs, out) == (0, "")
     for one, two in zip(trajectory(out), trajectory(whole), strict=True):
-        # Worst cases measured: losses RUNLOSS, norms RUNNORM relative
+        # Offloaded masters are stepped by the fused AdamW; its rounding gave 3.3e-7 in test_zero_options.py
         assert one == pytest.approx(two, rel=2e-6, abs=2e-6)
     for step, losses in validations(whole).items():
         assert validations(out)[step] == pytest.approx(losses, abs=2e-6)

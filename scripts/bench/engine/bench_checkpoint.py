@@ -4,9 +4,9 @@
     torchrun --standalone --nproc_per_node 2 scripts/bench/engine/bench_checkpoint.py [--rounds 5] [--out FOLDER]
 
 A decoder under ZeRO-3 in fp32, text alone, through the Saver of a training. Each round does everything once, in turn:
-steps without a save; a copy of as many bytes as this rank's state from one piece of memory to another that has been
-used before; a save beside the training, with steps until it is committed; a save at once; a load into the same engine.
-Times are of the slowest rank. A stall is how long the training stood still: copying, exchanging, committing.
+steps without a save; a copy of this rank's state, as whole tensors, to memory that has been used before; a save beside
+the training, with steps until it is committed; a save at once; a load into the same engine. Times are of the slowest
+rank. A stall is how long the training stood still: copying, exchanging, committing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -29,8 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 LANGUAGE_MODEL = dict(
-    hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
-    vocab_size=16384,
+    hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+    vocab_size=8192,
 )  # fmt: skip
 VISION = dict(
     hidden_size=18, intermediate_size=30, num_hidden_layers=2, num_attention_heads=3, image_size=8, patch_size=2
@@ -79,8 +80,10 @@ def main() -> None:
     model_config = recipe(False).model
     tower = InternVit(model_config.vision).requires_grad_(False)
     settings = deepspeed_config(recipe(False))
-    with zero.partitioned_at_birth(settings):
+    with zero.partitioned_at_birth(settings, world.device, torch.float32):
         model = NvlmD(model_config, with_vision=False)
+    for parameter in model.parameters():  # made without values
+        parameter.ds_tensor.normal_(std=0.02)  # type: ignore[attr-defined]
     groups = parameter_groups(
         model.named_parameters(), recipe(False).optimizer, {"vision": 0.0, "projector": 1e-4, "language_model": 1e-4}
     )
@@ -119,7 +122,9 @@ def main() -> None:
         )
 
     def copy() -> None:
-        target.copy_(source)
+        with torch.no_grad():
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
 
     def load() -> None:
         opened = checkpoint.Checkpoint(run)
@@ -132,15 +137,17 @@ def main() -> None:
         step()
     save(savers[False])  # DeepSpeed's and torch's first-time work
     parameters = sum(torch.Size(shape).numel() for shape in savers[True]._shapes.values())
-    source = torch.ones(-(-parameters // world.world_size) * len(zero.STATE_KEYS))
-    target = torch.zeros_like(source)
+    flats = list(engine.optimizer.fp32_partitioned_groups_flat)
+    moments = [engine.deepspeed.basic_optimizer.state[flat][key] for flat in flats for key in zero.STATE_KEYS[1:]]
+    sources = [*flats, *moments]
+    targets = [torch.zeros_like(source) for source in sources]
     rounds: list[dict[str, Any]] = []
     saver = savers[True]
     for _ in range(args.rounds):
         copy_cpu: list[float] = []
         stall_cpu: list[float] = []
-        found: dict[str, Any] = {"steps": [timed(step) for _ in range(3)]}
-        found["copy"] = statistics.median(timed(copy, copy_cpu) for _ in range(3))
+        found: dict[str, Any] = {"steps": [timed(step) for _ in range(2)]}
+        found["copy"] = timed(copy, copy_cpu)
         begun = time.perf_counter()
         found["begin"] = timed(lambda: save(saver), stall_cpu)
         found["steps_beside"], found["commit"] = [], 0.0
@@ -152,15 +159,13 @@ def main() -> None:
         step()
         found["at_once"] = timed(lambda: save(savers[False]))
         found["load"] = timed(load)
-        found["copy_cpu"], found["stall_cpu"] = statistics.median(copy_cpu), sum(stall_cpu)
+        found["copy_cpu"], found["stall_cpu"] = sum(copy_cpu), sum(stall_cpu)
         rounds.append(found)
-
-    opened = checkpoint.Checkpoint(run)
-    if world.rank == 0:
-        stored = sum(entry["bytes"] for entry in opened.state["files"].values())
-        report(args, rounds, parameters, stored, world.world_size)
-        if args.folder is None:
-            shutil.rmtree(folder)
+        if world.rank == 0:  # after every round: on a busy machine the next one may take long
+            stored = sum(entry["bytes"] for entry in checkpoint.Checkpoint(run).state["files"].values())
+            report(args, rounds, parameters, stored, world.world_size)
+    if world.rank == 0 and args.folder is None:
+        shutil.rmtree(folder)
     dist.stop(world)
 
 
@@ -192,7 +197,7 @@ def report(args: Any, rounds: list[dict[str, Any]], parameters: int, stored: int
         "",
         f"Machine: 2 CPU cores shared with other work, no GPU, ext4 on a virtual disk; {platform.python_version()}. "
         f"Command: `torchrun --standalone --nproc_per_node {world_size} scripts/bench/engine/bench_checkpoint.py "
-        f"--rounds {args.rounds}`.",
+        f"--rounds {args.rounds} --tokens {args.tokens}`. {len(rounds)} rounds; load average {os.getloadavg()[0]:.0f}.",
         "",
         *(line.strip() for line in __doc__.split("\n\n", 2)[2].strip().splitlines()),
         "",

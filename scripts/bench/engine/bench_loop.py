@@ -106,9 +106,9 @@ def loop_part(recipe: Path, out: Path, steps: int) -> dict[str, Any]:
     rows: list[dict[str, float]] = []
     begun = [0.0, 0.0, 0.0]
 
-    def train(recipe: Any, world: Any, built: Any, data: Any, trained: int, clock: Any) -> Any:
+    def train(recipe: Any, world: Any, built: Any, data: Any, trained: int, *more: Any) -> Any:
         held.update(recipe=recipe, world=world, built=built, data=data, trained=trained)
-        return bare_train(recipe, world, built, data, trained, clock)
+        return bare_train(recipe, world, built, data, trained, *more)
 
     def bare() -> float:
         start = time.perf_counter()
@@ -228,6 +228,7 @@ def mixed_part(steps: int) -> dict[str, Any]:
     from nvlm_train.engine.optim import build_optimizer, parameter_groups
     from nvlm_train.model.decoder import LanguageModel
     from nvlm_train.model.nvlm import NvlmD
+    from nvlm_train.model.pretrained import fill, merge
     from nvlm_train.recipe import schema
     from tiny import VISION, make_batch
 
@@ -266,8 +267,9 @@ def mixed_part(steps: int) -> dict[str, Any]:
         ("whole", lambda: NvlmD(config, with_vision=False)),
         ("decoder", lambda: DecoderAlone(config)),
     ):
-        with zero.partitioned_at_birth(settings):
+        with zero.partitioned_at_birth(settings, world.device, torch.float32):
             model = make()
+        fill(model, merge(), config, 0, *zero.write_slice(world))
         groups = parameter_groups(model.named_parameters(), optimizer, dict.fromkeys(schema.Train.model_fields, 1e-4))
         engines[name] = zero.build(model, build_optimizer(groups, optimizer, "cpu"), settings, world)
     own = len({name.rsplit(".", 1)[0] for name, _ in engines["whole"].trainable() if name.startswith("projector")})
