@@ -218,8 +218,12 @@ def _data_preview_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_on_ranks(parser)
     parser.add_argument("--step", type=_whole, default=0, metavar="S", help="step whose packs are shown (default: 0)")
     parser.add_argument("--source", metavar="NAME", help="samples of this source instead of a step's")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--row", type=_whole, metavar="N", help="with --source: usable sample number N, from 0 (default: 0)"
+    )
+    which.add_argument(
+        "--line", metavar="[FILE:]N", help="with --source: the sample at line (element, row) N, as lint counts them"
     )
     parser.add_argument("--samples", type=_whole, metavar="N", help="samples shown in full (default: 3; with --row: 1)")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page instead of text")

@@ -368,6 +368,14 @@ class Source(Section):
         "does.",
         resume="ask",
     )
+    shuffle: Literal["auto", "rows", "shard_groups"] = key(
+        "auto",
+        doc="rows: an epoch mixes all samples. shard_groups: it mixes those of shards_per_group shards (files; of "
+        "parquet, row groups), then of the next, in an order drawn anew for each epoch, so that few shards are read at "
+        "a time. auto: shard_groups behind a URL, else rows. The same for a source of no more shards than a group has.",
+        resume="ask",
+    )
+    shards_per_group: int = key(16, doc="Shards mixed with each other by shard_groups.", ge=1, resume="ask")
     weight: Number = key(
         1.0, doc="Share of samples (or of tokens: data.weight_unit), relative to the other sources.", gt=0, resume="ask"
     )
@@ -380,6 +388,15 @@ class Source(Section):
     )
     license: str | None = key(None, doc="Licence of the data; travels with every export.", resume="free")
     source: str | None = key(None, doc="Where the data comes from.", resume="free")
+
+
+class RemoteCache(Section):
+    """Ranges of remote files kept on a disk of this machine, in blocks of 1 MiB."""
+
+    path: str = key(
+        doc="Folder on a local disk; the ranks of a machine, and runs, may share it.", path=True, resume="free"
+    )
+    max_gib: Number = key(doc="Above this size the blocks used longest ago are removed.", gt=0, resume="free")
 
 
 class Data(Section):
@@ -445,7 +462,12 @@ class Data(Section):
         le=1,
         resume="free",
     )
-    num_threads: int = key(2, doc="Threads per rank that decode images and build packs.", ge=1, resume="free")
+    num_threads: int = key(
+        2,
+        doc="Threads per rank that decode images and build packs. 0: none, training waits for each sample.",
+        ge=0,
+        resume="free",
+    )
     prefetch_steps: int = key(2, doc="Whole steps prepared ahead of the one in training.", ge=1, resume="free")
     prefetch_bytes: int = key(
         4 << 30,
@@ -462,6 +484,12 @@ class Data(Section):
     )
     slow_read_s: Number = key(
         30.0, doc="A file read that takes longer is named in the log, with the seconds so far.", gt=0, resume="free"
+    )
+    remote_cache: RemoteCache | None = key(
+        None,
+        doc="Where samples behind URLs are kept once read, a block of 1 MiB around each; default: nowhere, a sample is "
+        "one request of its own bytes.",
+        resume="free",
     )
     index_workers: int = key(
         0,

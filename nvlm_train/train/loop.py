@@ -115,6 +115,8 @@ def _train(
                 rehearsal.announced(),
             )
             log.info("%s", "\n" + screen)
+            for warning in resolved.warnings:
+                log.warning("%s", warning)
         with oom.explained(recipe, resolved, built):
             watch.mark("worst case first")
             rehearse(recipe, world, built, plan, rehearsal)

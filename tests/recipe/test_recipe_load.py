@@ -114,8 +114,8 @@ BAD_LINES = [
         "    digits: 3",
         [
             "r.yaml:16 data.mixture.digits: 3 is not a section; give one with kind, path, image_root, columns, "
-            "roles, system, train_on, prompt, min_ratings, split, max_samples, max_tiles, max_tiles_shared, weight, "
-            "max_epochs, license, source"
+            "roles, system, train_on, prompt, min_ratings, split, max_samples, max_tiles, max_tiles_shared, shuffle, "
+            "shards_per_group, weight, max_epochs, license, source"
         ],
     ),
     (

@@ -96,6 +96,7 @@ def test_alone_is_a_world_of_one_and_user_errors_have_no_traceback(inputs: Path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "alone: rank 0 of 1" in done.stderr and "from the beginning" in done.stderr
+    assert "the run ends in the warm-up, at step 2" in done.stderr  # what `recipe check` warns of
     assert "wandb is offline" in done.stderr and list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
     done = subprocess.run(
