@@ -26,8 +26,8 @@ from zygote import Job, Zygote
 
 KINDS = ("kill", "kill", "term", "term one", "usr2", "file", "full disk", "freeze")
 DISK_MIB = 48
-# worst seen in 20 interruptions with 1, 2 and 3 ranks (two seeds): see test_twenty_interruptions
-LOSS_TOLERANCE = 2e-5
+# worst measured: 2.2e-7 (20 interruptions with 1, 2 and 3 ranks, NVLM_CHAOS_SEED of 383784826, 2026-11-26)
+LOSS_TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
