@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from nvlm_train import __version__
-from nvlm_train.errors import NvlmError, PeerError, SetupError
+from nvlm_train.errors import NvlmError, PeerError, SetupError, is_users
 from nvlm_train.log import rank_from_environment, set_up_logging
 
 PROG = "nvlm-train"
@@ -567,10 +567,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = VERBS[name].run(args)
         sys.stdout.flush()
         return code
-    except NvlmError as error:
+    except BrokenPipeError:
+        # the reader (`| head`) has seen enough; keep Python from complaining while it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (NvlmError, OSError) as error:
+        if not is_users(error):
+            raise
+        text = f"{error}" if isinstance(error, NvlmError) else f"{error}: make room and start the same command again"
         rank = rank_from_environment()
         # every rank finds the same mistake: one of them tells it whole
-        print(f"error: {error}" if rank == 0 else f"[rank {rank}] error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {text}" if rank == 0 else f"[rank {rank}] error: {text.splitlines()[0]}", file=sys.stderr)
         return 2
     except PeerError as error:
         rank = rank_from_environment()
@@ -579,8 +586,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (
-        BrokenPipeError
-    ):  # the reader (`| head`) has seen enough; keep Python from complaining while it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
