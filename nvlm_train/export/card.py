@@ -21,6 +21,13 @@ _HUB_NAME = re.compile(
 )  # a script is no base model
 
 
+_PARTS = {
+    "nvlm_d": "An NVLM-D model (vision tower, projector and decoder)",
+    "nvlm_x": "An NVLM-X model (vision tower, projector, gated cross-attention and decoder)",
+    "nvlm_h": "An NVLM-H model (vision tower, projector, gated cross-attention and decoder)",
+}
+
+
 class Part(NamedTuple):
     """Something the weights derive from, as the recipe records it. kind: 'weights' or 'data'."""
 
@@ -92,8 +99,11 @@ def model_card(
     dtype: str,
     earlier_run: dict[str, Any] | None = None,
     continued_from: dict[str, Any] | None = None,
+    num_dummy_heads: int = 7,
 ) -> str:
     """README.md of an export, with the metadata the Hub reads at its head. earlier_run: see `parts_of`.
+
+    num_dummy_heads: how many heads are stored behind the tower's real ones.
 
     continued_from: what recipe.json recorded of the run that this one went on from, and the data it skips.
     """
@@ -110,7 +120,8 @@ def model_card(
         head += [f"license_name: {json.dumps(license or 'not-stated')}"]
     if bases:
         head += ["base_model:"] + [f"- {base}" for base in dict.fromkeys(bases)]
-    head += ["tags:", "- nvlm", "- nvlm_d", "- nvlm_train", "---", ""]
+    architecture = (recipe.get("model") or {}).get("architecture", "nvlm_d")
+    head += ["tags:", "- nvlm", f"- {architecture}", "- nvlm_train", "---", ""]
 
     body = [f"# {name}", ""]
     if research:
@@ -121,8 +132,15 @@ def model_card(
             "",
         ]
     body += [
-        "An NVLM-D model (vision tower, projector and Qwen2 decoder) trained with nvlm_train, in the layout of the "
-        "published NVLM-D-72B. The tower's attention is stored with 7 all-zero heads behind the real ones.",
+        _PARTS[architecture]
+        + " trained with nvlm_train. "
+        + (
+            "The layout is that of the published NVLM-D-72B: the tower's attention is stored with "
+            f"{num_dummy_heads} all-zero heads behind the real ones."
+            if num_dummy_heads
+            else "The tower is stored without the dummy heads of the published NVLM-D-72B; transformers loads it, "
+            "serving programs that know NVLM-D do not."
+        ),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoProcessor",

@@ -106,6 +106,7 @@ def export(
         dtype=dtype,
         earlier_run=earlier_run,
         continued_from=continued_from,
+        num_dummy_heads=num_dummy_heads,
     )
     shards = plan_shards(model, dtype, parse_size(max_shard_size), num_dummy_heads)
     _check_tensors(weights, model)

@@ -135,6 +135,9 @@ def cut(images: list[Image.Image]) -> list[torch.Tensor]:
 def test_the_export_is_verified(member: Member) -> None:
     report = verify.verify(member.folder, member.weights, member.recipe)
     assert report["ok"] and report["problems"] == [], report["problems"]
+    member_name = member.ours.config.architecture
+    card = (member.folder / "README.md").read_text()
+    assert f"- {member_name}\n" in card and ("all-zero heads" in card) == (member_name == "nvlm_d")
     assert len(report["logits"]) == 5 and all(check["ok"] for check in report["checks"])
     # worst case here 6 % of the tolerance of 2e-5 of the largest logit
     assert all(result["max_difference"] <= result["tolerance"] / 4 for result in report["logits"].values())
