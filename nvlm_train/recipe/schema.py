@@ -1080,8 +1080,8 @@ class Debug(Section):
 class Checkpoint(Section):
     """When the run is saved and what is kept."""
 
-    every_steps: int | None = key(
-        500, doc="Steps between checkpoints; null: none by steps. The last step is always saved.", gt=0, resume="free"
+    every_steps: int = key(
+        500, doc="Steps between checkpoints; 0: none by steps. The last step is always saved.", ge=0, resume="free"
     )
     every_minutes: Number | None = key(
         None, doc="Minutes between the beginnings of saves, by rank 0's clock, besides.", gt=0, resume="free"
@@ -1123,12 +1123,12 @@ class Checkpoint(Section):
 
     @model_validator(mode="after")
     def _is_saved_at_all(self) -> Checkpoint:
-        if self.every_steps is None and self.every_minutes is None and self.keep_every_steps is None:
+        if not self.every_steps and self.every_minutes is None and self.keep_every_steps is None:
             raise Misfit(
                 [
                     (
                         "every_steps",
-                        "is null and so is every_minutes, so a crash would lose the whole run; give one of them",
+                        "is 0 and every_minutes is not given, so a crash would lose the whole run; give one of them",
                     )
                 ]
             )

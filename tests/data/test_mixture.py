@@ -282,7 +282,7 @@ def test_a_fixed_order_of_groups() -> None:
     shards = {"a": Shards(np.array([100, 300, 50, 250, 200, 100]), 2)}
     drawn = Mixture(1234, {"a": 1000, "b": 100}, {"a": 0.6, "b": 0.4}, None, shards).draws(5000, 5008)
     assert drawn.source.tolist() == [0, 1, 0, 0, 1, 0, 1, 0]
-    assert drawn.row.tolist() == [274, 42, 854, 0, 45, 0, 0, 0]
+    assert drawn.row.tolist() == [274, 42, 854, 185, 45, 300, 99, 282]
     assert drawn.epoch.tolist() == [3, 19, 3, 3, 19, 3, 19, 3]
 
 

@@ -90,7 +90,7 @@ def test_torchrun_passes_signals_on_and_all_ranks_save(inputs: Path, tmp_path: P
 def test_alone_is_a_world_of_one_and_user_errors_have_no_traceback(inputs: Path, tmp_path: Path) -> None:
     alone = [sys.executable, "-m", "nvlm_train", "train", str(inputs)]
     done = subprocess.run(
-        [*alone, f"output_dir={tmp_path / 'run'}", "max_steps=2", "log.to=[tensorboard, wandb]"],
+        [*alone, f"output_dir={tmp_path / 'run'}", "max_steps=2", "schedule.warmup_steps=3", "log.to=[tensorboard, wandb]"],
         capture_output=True, text=True, timeout=150,
         env={k: v for k, v in os.environ.items() if not k.startswith("WANDB")},
     )  # fmt: skip
