@@ -10,6 +10,7 @@ import torch
 
 from helpers import TESTS
 from nvlm_train.checkpoint import merged
+from nvlm_train.errors import SetupError
 from nvlm_train.model import lora
 from nvlm_train.model.dropout import Draws, Dropout
 from nvlm_train.model.flops import trainable_parameters
@@ -158,8 +159,12 @@ def test_half_precision_keeps_its_type() -> None:
     assert Dropout(0.5, "a", "tokens", draws)(torch.ones(1, 5, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_four_bits() -> None:
-    """The decoder in NF4 on a CPU: close to the model it was made of, and only adapters get gradients."""
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_four_bits(device: str) -> None:
+    """The decoder in NF4: close to the model it was made of, and only adapters get gradients."""
     pytest.importorskip("bitsandbytes")
     from nvlm_train.model.quantize import hold_in_nf4
 
@@ -170,9 +175,10 @@ def test_four_bits() -> None:
     with torch.device("meta"):
         model = NvlmD(config)
         lora.add_adapters(model, config, train)
-    write = hold_in_nf4(model, torch.device("cpu"), torch.float32)
-    plain = NvlmD(config)
-    lora.add_adapters(plain, config, train)
+    write = hold_in_nf4(model, torch.device(device), torch.float32)
+    with torch.device(device):
+        plain = NvlmD(config)
+        lora.add_adapters(plain, config, train)
     quantized = 0
     with torch.no_grad():
         for made in (model, plain):
@@ -187,7 +193,7 @@ def test_four_bits() -> None:
     stored = dict(model.named_parameters())
     assert stored["language_model.model.layers.0.mlp.up_proj.base_layer.weight"].dtype == torch.uint8
     assert model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
-    batch = make_batch([(9, 1), (7, 2), (5, 0)], 1)
+    batch = make_batch([(9, 1), (7, 2), (5, 0)], 1).to(device)
     found, expected = gradients(model, batch), gradients(plain, batch)
     assert set(found) == set(expected) == {name for name in stored if lora.is_adapter(name)}
     with torch.no_grad():
@@ -198,3 +204,11 @@ def test_four_bits() -> None:
         torch.cat([g.flatten() for g in found.values()]), torch.cat([g.flatten() for g in expected.values()]), dim=0
     )
     assert angle > 0.75  # measured 0.88: so few and so small matrices leave rounding little to average over
+
+
+def test_four_bits_without_bitsandbytes_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvlm_train.model.quantize import hold_in_nf4
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(SetupError, match=r"train.quantize is nf4, which needs bitsandbytes .*nvlm_train\[qlora\]"):
+        hold_in_nf4(torch.nn.Module(), torch.device("cpu"), torch.float32)
