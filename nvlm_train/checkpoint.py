@@ -5,7 +5,7 @@
     RUN/metrics.jsonl           one line a logged step
     RUN/step_N/weights/         fp32 master and Adam moments of every trained parameter (torch.distributed.checkpoint)
     RUN/step_N/state.json       step, shapes, groups, data position, and a manifest with size and SHA-256 of each file
-    RUN/step_N/COMMITTED        written last: a checkpoint without it does not exist
+    RUN/step_N/COMMITTED        written last, the SHA-256 of state.json: a checkpoint without it does not exist
     RUN/weights_N/              the same with bf16 weights alone: exportable, not resumable
     RUN/base/                   copies of the frozen weights, with `checkpoint.base: copy`
     RUN/set_aside/              what going back to a step or a crash has left: nothing here is read again
@@ -94,6 +94,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a complete checkpoint, compared with the SHA-256 in its marker (empty in the first version's).
+
+    Raises CheckpointError where it is missing, damaged, newer, or not what was saved.
+    """
+    file = checkpoint / "state.json"
+    if not file.exists():
+        raise CheckpointError(f"{file} is missing: the checkpoint is damaged")
+    content = read_json(file)
+    expected = (checkpoint / COMMITTED).read_text(encoding="ascii", errors="replace").strip()
+    if expected and sha256(file) != expected:
+        raise CheckpointError(
+            f"{file} is not what was saved (its SHA-256 differs from the one in {COMMITTED}): the checkpoint is damaged"
+        )
+    return content
+
+
 def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -146,7 +163,7 @@ def find_step(path: str | Path) -> Path:
     path = Path(path)
     if path.name == "best" and not path.is_dir():
         newest = find_step(path.parent)
-        best = read_json(newest / "state.json").get("progress", {}).get("best_step")
+        best = read_state(newest).get("progress", {}).get("best_step")
         if best is None:
             raise CheckpointError(f"{path.parent} has no best checkpoint: no validation has run; name {newest}")
         path = path.parent / f"step_{best}"
@@ -409,8 +426,17 @@ def _commit(
     _remove(path)  # a milestone that an earlier attempt has written after its last checkpoint
     os.replace(temporary, path)
     _sync_folder(path.parent)
-    (path / COMMITTED).touch()
+    marker = _temporary_marker(path)
+    with marker.open("w", encoding="ascii") as text:
+        text.write(sha256(path / "state.json"))
+        text.flush()
+        os.fsync(text.fileno())
+    os.replace(marker, path / COMMITTED)
     _sync_folder(path)
+
+
+def _temporary_marker(path: Path) -> Path:
+    return path / f"{COMMITTED}.tmp"
 
 
 def _metadata(
@@ -467,12 +493,12 @@ def _require_space(run: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(run).free
     if free < needed:
-        _remove_set_aside(run, f"the next checkpoint needs its room, {free / 2**30:.2f} GiB are free")
+        _remove_set_aside(run, f"the next checkpoint needs its room, {free / 1e6:,.1f} MB are free")
         free = shutil.disk_usage(run).free
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"the checkpoint needs {needed / 2**30:.2f} GiB, {run} has {free / 2**30:.2f} GiB free; make room or "
+            f"the checkpoint needs {needed / 1e6:,.1f} MB, {run} has {free / 1e6:,.1f} MB free; make room or "
             "lower checkpoint.keep_last",
         )
 
@@ -623,7 +649,7 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = find_step(path)
         self.run = self.path.parent
-        self.state = read_json(self.path / "state.json")
+        self.state = read_state(self.path)
         self.step = int(self.state["step"])
         self.kind: str = self.state.get("kind", "step")  # runs of the first version hold nothing else
         self.dtype = KINDS[self.kind][1]

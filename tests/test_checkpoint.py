@@ -369,6 +369,7 @@ def test_metadata_of_a_stranger_is_never_executed(tmp_path: Path) -> None:
     state = json.loads((path / "state.json").read_text())
     state["files"][".metadata"]["bytes"] = len(content)
     (path / "state.json").write_text(json.dumps(state))
+    (path / "COMMITTED").write_text("")  # as in the first version
     with pytest.raises(CheckpointError, match=r"asks for posix\.system"):
         checkpoint.Checkpoint(path).read_master("projector.norm.bias")
     assert not (tmp_path / "owned").exists()
@@ -545,4 +546,7 @@ def test_slices_and_the_best(tmp_path: Path) -> None:
         checkpoint.find_step(tmp_path / "best")
     state = json.loads((tmp_path / "step_3" / "state.json").read_text())
     (tmp_path / "step_3" / "state.json").write_text(json.dumps({**state, "progress": {"best_step": 3}}))
+    with pytest.raises(CheckpointError, match=r"state.json is not what was saved \(its SHA-256 differs"):
+        checkpoint.find_step(tmp_path / "best")
+    (tmp_path / "step_3" / "COMMITTED").write_text("")  # as in the first version
     assert checkpoint.find_step(tmp_path / "best") == tmp_path / "step_3"

@@ -84,8 +84,8 @@ def _from_ranks(environ: Mapping[str, str]) -> Launch:
     missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if world_size > 1 and key not in environ]
     if missing:
         raise SetupError(
-            f"WORLD_SIZE={world_size}, but {' and '.join(missing)} is not set: ranks could not find each other; export "
-            "the address of rank 0's host and a free port there, or start with torchrun, which sets all"
+            f"WORLD_SIZE={world_size}, but not {' and '.join(missing)}: ranks could not find each other; export the "
+            "address of rank 0's host and a free port there, or start with torchrun, which sets all"
         )
     launch = Launch(
         launcher=name,
@@ -145,6 +145,11 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
 
 
 def _alone(environ: Mapping[str, str]) -> Launch:
+    if environ.get("LOCAL_RANK", "0") not in ("", "0", "-1"):
+        raise SetupError(
+            f"LOCAL_RANK={environ['LOCAL_RANK']}, but RANK and WORLD_SIZE are not set: this process would train alone; "
+            "start with torchrun, or unset LOCAL_RANK"
+        )
     for key in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if "SLURM_STEP_ID" not in environ and environ.get(key, "1") not in ("0", "1"):
             raise SetupError(

@@ -42,6 +42,11 @@ def open_branch(path: str, skip: Sequence[Stretch]) -> Branch:
     skip: stretches of data steps, counted as `data_step` in the metrics of the run behind `path`.
     Raises CheckpointError where there is no such checkpoint, RecipeError where it was trained on what is to be skipped.
     """
+    if Path(path).name.startswith("weights_"):
+        raise RecipeError(
+            f"--from {path}: holds bf16 weights alone, without the state to go on with; start a new run from them with "
+            f"init_from.run={path}, or name a checkpoint step_N"
+        )
     if not Path(path).name.startswith("step_"):
         raise RecipeError(
             f"--from {path}: names a run, whose newest checkpoint will be another one tomorrow; name one: "
@@ -49,7 +54,7 @@ def open_branch(path: str, skip: Sequence[Stretch]) -> Branch:
         )
     folder = checkpoint.find_step(path)
     content = checkpoint.read_json(folder.parent / "recipe.json")
-    step = int(checkpoint.read_json(folder / "state.json")["step"])
+    step = int(checkpoint.read_state(folder)["step"])
     before = content.get("continued_from")
     inherited = _stretches(before["skip_steps"]) if before else ()
     trained = data_step(step - 1, inherited) + 1 if step else 0

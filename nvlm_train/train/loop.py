@@ -20,13 +20,14 @@ from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.engine import dist
 from nvlm_train.engine.launch import Launch, resolve_launch
 from nvlm_train.engine.waiting import CollectiveWait
+from nvlm_train.errors import RecipeError
 from nvlm_train.hub import pin
 from nvlm_train.log import set_up_logging
 from nvlm_train.model.lora import is_trained
 from nvlm_train.recipe.load import LoadedRecipe
 from nvlm_train.recipe.resolve import Resolved, recipe_to_dict, resolve
 from nvlm_train.recipe.schema import Recipe
-from nvlm_train.train import announce, nonfinite, oom, state, step
+from nvlm_train.train import announce, nonfinite, oom, run_lock, state, step
 from nvlm_train.train.branch import Branch, check_base
 from nvlm_train.train.metrics import Clock, Console, MetricsFile, Sink, open_sinks, peak_memory_gib
 from nvlm_train.train.rehearsal import plan_rehearsal, rehearse
@@ -57,10 +58,11 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
         Watch(launch, recipe.distributed, run, stop) as watch,
         watch.guard(),
     ):
-        start = state.find_start(recipe, resume, accept, branch)
-        if _is_complete(start, resolved.num_steps):
-            return 0
-        _train(loaded, launch, start, accept, stop, watch, revisions)
+        with run_lock.held(run, launch.rank):
+            start = state.find_start(recipe, resume, accept, branch)
+            if _is_complete(start, resolved.num_steps):
+                return 0
+            _train(loaded, launch, start, accept, stop, watch, revisions)
     return 0
 
 
@@ -98,13 +100,15 @@ def _train(
             state.verify_earlier_run(recipe, world)
         watch.mark("loading the weights")
         built = state.build(recipe, resolved, world, weights, skip_trained=start.step > 0)
-        progress = state.restore(built, start.checkpoint) if start.checkpoint else state.Progress()
+        with state.with_a_way_on(start):
+            progress = state.restore(built, start.checkpoint) if start.checkpoint else state.Progress()
         if start.leaves:
             progress.forget_best()
         with dist.agreed(world, "writing the run's files"):
             if launch.rank == 0:
                 checkpoint.set_leftovers_aside(start.run)
                 state.set_aside(start)
+                _remove_older(start, recipe, progress)
                 state.write_run_files(start, recipe, resolved, attempt, revisions)
         if _stopped_early(recipe, progress):
             log.info("%s stopped early: validation had not improved at step %d", start.run, progress.step)
@@ -140,8 +144,22 @@ def _train(
 def _is_complete(start: state.Start, num_steps: int | None) -> bool:
     if num_steps is None or start.step < num_steps:
         return False
+    if start.leaves and start.branch is not None:
+        raise RecipeError(
+            f"--from {start.branch.checkpoint}: is at step {start.step}, and this run ends at step {num_steps}, so "
+            "there is nothing to train; name an earlier checkpoint or give a larger max_steps"
+        )
     log.info("%s is complete: step %d of %d", start.run, start.step, num_steps)
     return True
+
+
+def _remove_older(start: state.Start, recipe: Recipe, progress: state.Progress) -> None:
+    """Checkpoints that the recipe keeps no longer: a lowered keep_last makes room before the next save needs it."""
+    kept = recipe.checkpoint
+    best = [] if progress.best_step is None else [progress.best_step]
+    if removed := checkpoint.prune(start.run, kept.keep_last, [start.step, *best], kept.keep_every_steps):
+        names = ", ".join(f"step_{step}" for step in removed)
+        log.info("removed %s, beyond checkpoint.keep_last %d", names, kept.keep_last)
 
 
 def _stopped_early(recipe: Recipe, progress: state.Progress) -> bool:

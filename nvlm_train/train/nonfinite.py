@@ -85,5 +85,5 @@ def _stop(recipe: Recipe, run: Path, step: int, data_step: int, loss: float, fil
             if step > 1
             else "Lower optimizer.lr, lengthen schedule.warmup_steps, or check these samples. "
         )
-        + "Leave out such steps without stopping: on_nonfinite=skip"
+        + ("" if recipe.on_nonfinite == "skip" else "Leave out such steps without stopping: on_nonfinite=skip")
     )

@@ -8,7 +8,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,18 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str], branch: Branc
                 f"output_dir: '{run}' holds checkpoints but no recipe.json, so it cannot be told whose they are; "
                 "name another folder"
             )
-        ours = ("data_index", "stop", "save", "bad_samples", "slurm", "attempts", "logs", "stacks_rank_")
+        ours = (
+            "data_index",
+            "stop",
+            "save",
+            "bad_samples",
+            "slurm",
+            "attempts",
+            "logs",
+            "stacks_rank_",
+            "base",
+            ".lock",
+        )
         foreign = [] if not run.exists() else sorted(p.name for p in run.iterdir() if not p.name.startswith(ours))
         if foreign:
             log.warning(
@@ -262,7 +274,9 @@ def check_data(start: Start, data: dict[str, Any], accept: Sequence[str]) -> Non
         return
     if any(key.split(".")[0] in ("data", "tokenizer") for key in start.changes):
         return  # allowed with --accept: the order changes with it
-    saved, fingerprint = checkpoint.read_json(start.checkpoint / "state.json"), data["fingerprint"]
+    with with_a_way_on(start):
+        saved = checkpoint.read_state(start.checkpoint)
+    fingerprint = data["fingerprint"]
     before = saved.get("data_fingerprint")
     if before != fingerprint and "data" not in accept:
         raise DataError(
@@ -397,6 +411,18 @@ def describe(built: Built, resolved: Resolved, progress: Progress, data: dict[st
         ],
         "progress": vars(progress),
     }
+
+
+@contextmanager
+def with_a_way_on(start: Start) -> Iterator[None]:
+    """Adds to the error of a damaged checkpoint which earlier one the run can go back to."""
+    try:
+        yield
+    except CheckpointError as error:
+        earlier = [step for step in checkpoint.committed_steps(start.run) if step < start.step]
+        if start.leaves or not earlier:
+            raise
+        raise CheckpointError(f"{error}; to go back to the checkpoint before it: --resume step_{earlier[-1]}") from None
 
 
 def restore(built: Built, path: Path) -> Progress:

@@ -196,6 +196,7 @@ def start_part(recipe: Path, out: Path, starts: int) -> dict[str, Any]:
     state |= {"step": FAR, "adam_step": FAR, "data": plan.state(FAR)}
     state["progress"]["step"] = FAR
     state_file.write_text(json.dumps(state))
+    (state_file.parent / "COMMITTED").write_text("")  # no checksum of what was written here
     times: dict[str, list[float]] = {"beginning": [], "position_10": [], "position_10_million": []}
     names = list(times)
     for turn in range(starts):
