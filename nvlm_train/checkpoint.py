@@ -62,6 +62,7 @@ FORMAT = 1
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
 Part = tuple[int, list[tuple[int, int]]]  # of a stored tensor: what the ranges [begin, end) of one dimension hold
 COMMITTED = "COMMITTED"
+_MARKER_TO_BE = "COMMITTED.tmp"
 
 log = logging.getLogger(__name__)
 
@@ -423,20 +424,16 @@ def _commit(
     whole["files"] = dict(sorted(manifest.items()))
     _sync_folder(temporary / "weights")
     write_json(temporary / "state.json", whole)
+    with (temporary / _MARKER_TO_BE).open("w", encoding="ascii") as text:  # here, so that a full disk shows before
+        text.write(sha256(temporary / "state.json"))
+        text.flush()
+        os.fsync(text.fileno())
+    _sync_folder(temporary)
     _remove(path)  # a milestone that an earlier attempt has written after its last checkpoint
     os.replace(temporary, path)
     _sync_folder(path.parent)
-    marker = _temporary_marker(path)
-    with marker.open("w", encoding="ascii") as text:
-        text.write(sha256(path / "state.json"))
-        text.flush()
-        os.fsync(text.fileno())
-    os.replace(marker, path / COMMITTED)
+    os.replace(path / _MARKER_TO_BE, path / COMMITTED)
     _sync_folder(path)
-
-
-def _temporary_marker(path: Path) -> Path:
-    return path / f"{COMMITTED}.tmp"
 
 
 def _metadata(

@@ -445,7 +445,7 @@ def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, mon
         if fits:
             assert _save(tmp_path, 6).name == "step_6"
         else:
-            with pytest.raises(CheckpointError, match=r"the checkpoint needs .* GiB free; make room or lower"):
+            with pytest.raises(CheckpointError, match=r"the checkpoint needs .* MB free; make room or lower"):
                 _save(tmp_path, 6)
             assert [p.name for p in tmp_path.iterdir()] == ["step_3"]
 
