@@ -239,13 +239,17 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
             assert requirement.specifier.contains(pinned[name]), requirement
 
 
-@pytest.fixture(scope="module")
-def comparison() -> ModuleType:
-    loader = SourceFileLoader("compare_architectures", str(ROOT / "scripts/compare_architectures"))
+def load_script(path: str) -> ModuleType:
+    loader = SourceFileLoader(Path(path).stem, str(ROOT / path))
     module = ModuleType(loader.name)
     module.__file__ = loader.path
     loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def comparison() -> ModuleType:
+    return load_script("scripts/compare_architectures")
 
 
 def test_every_run_of_the_comparison_is_a_valid_recipe(comparison: ModuleType, tmp_path: Path) -> None:
@@ -276,3 +280,12 @@ def test_a_finished_run_of_the_comparison_is_not_repeated(
     row = comparison.table([first, other], {"all": 0.9}).splitlines()[-1]
     assert row.split(" | ")[:2] == ["| NVLM-X", "no"]
     assert row.split(" | ")[6:] == ["62.5 (50.0-75.0)", "90.0", "50.0 (50.0-50.0)", "7", "9.0 |"]
+
+
+def test_throughput_is_predicted_at_the_papers_sequences() -> None:
+    bench_architectures = load_script("scripts/bench/bench_architectures.py")
+    assert [bench_architectures.sequence(a, 1024, 256) for a in ("nvlm_d", "nvlm_h", "nvlm_x")] == [2816, 1280, 1024]
+    for shape in ("cpu", "cuda", "paper"):
+        decoder = bench_architectures.operations("nvlm_d", shape)
+        ratios = [round(decoder / bench_architectures.operations(a, shape), 1) for a in ("nvlm_h", "nvlm_x")]
+        assert ratios == ([1.9, 2.3] if shape == "cpu" else [1.9, 2.2])  # README quotes them with two digits

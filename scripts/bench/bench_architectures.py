@@ -195,7 +195,7 @@ def report(found: dict[str, Any]) -> str:
         )
     return f"""# Throughput of the three architectures, {found["date"]}
 
-Machine: {found["machine"]}. Command: `python scripts/bench/bench_architectures.py --device {found["device"]}`.
+Machine: {found["machine"]}. Command: `{found["command"]}`.
 {found["rounds"]} rounds of one step each; load average {found["load"]:.1f}.
 
 Shape: decoder {found["language_model"]}; tower {found["vision"]}; cross-attention every {EVERY} layers; {TILES} tiles.
@@ -227,6 +227,7 @@ def main() -> int:
     found: dict[str, Any] = {
         "date": str(date.today()),
         "device": args.device,
+        "command": " ".join(["python", "scripts/bench/bench_architectures.py", *sys.argv[1:]]),
         "machine": f"{machine}; torch {torch.__version__}, Python {platform.python_version()}",
         "load": os.getloadavg()[0],
         "rounds": len(times["nvlm_d"]),
