@@ -60,6 +60,7 @@ from nvlm_train.errors import CheckpointError, PeerError
 
 FORMAT = 1
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
+Part = tuple[int, list[tuple[int, int]]]  # of a stored tensor: what the ranges [begin, end) of one dimension hold
 COMMITTED = "COMMITTED"
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,19 @@ def committed_steps(run: Path, kind: str = "step") -> list[int]:
         return []
     names = [folder.name for folder in run.iterdir() if (folder / COMMITTED).is_file()]
     return sorted(int(found[1]) for name in names if (found := re.fullmatch(rf"{kind}_(\d+)", name)))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run directory with a complete checkpoint, or one of its checkpoints."""
+    one = re.fullmatch(_NAME, path.name) is not None and (path / COMMITTED).is_file()
+    return one or bool(committed_steps(path))
+
+
+def recorded_revisions(run: Path) -> dict[str, str]:
+    """The Hub's revisions that a run was started with, as `hub.pin` returned them; nothing where there is no run."""
+    path = run / "recipe.json"
+    found: dict[str, str] = read_json(path).get("revisions", {}) if path.exists() else {}
+    return found
 
 
 def find_step(path: str | Path) -> Path:
@@ -673,6 +687,7 @@ class Checkpoint:
 def write_base(
     run: Path,
     frozen: Mapping[str, str],
+    parts: Mapping[str, Part] | None = None,
     *,
     copy: bool = False,
     rank: int = 0,
@@ -682,9 +697,9 @@ def write_base(
     """Writes RUN/base.json: where each frozen weight comes from. On a later start: checks that it is still the same.
 
     frozen: {our name: "FILE:KEY"} for a tensor of a safetensors file, {our name: "RUN/step_N:NAME"} for a weight that
-    an earlier run of ours trained. copy: they are copied to RUN/base as well, once. Every rank calls it and hashes and
-    copies its share of the files. Files may have moved, and be gone where there is a copy; raises CheckpointError, on
-    every rank, where their content differs.
+    an earlier run of ours trained. parts: of those that are only a part of what stands there, which one. copy: they are
+    copied to RUN/base as well, once. Every rank calls it and hashes and copies its share of the files. Files may have
+    moved, and be gone where there is a copy; raises CheckpointError, on every rank, where their content differs.
     """
     path = run / "base.json"
     split = {name: where.rsplit(":", 1) for name, where in frozen.items()}
@@ -698,7 +713,11 @@ def write_base(
             own = files[rank::world_size]
             mine = dict(zip(own, pool.map(lambda file: _identity(run, file, known.get(file)), own), strict=True))
     entries = {file: entry for part in gather(mine) for file, entry in part.items()}
-    tensors = {name: {"file": place, "key": key} for name, (place, key) in sorted(places.items())}
+    tensors: dict[str, dict[str, Any]] = {
+        name: {"file": place, "key": key} for name, (place, key) in sorted(places.items())
+    }
+    for name, (dimension, ranges) in (parts or {}).items():
+        tensors[name]["part"] = {"dimension": dimension, "ranges": ranges}
     if before is not None:
         _require_same_base(run, before, entries, tensors)
     with _together(gather, rank, f"copying the frozen weights of {run}"):
@@ -777,13 +796,23 @@ def _identity_file(place: str) -> Path:
     return Path(place) / "state.json" if Path(place).is_dir() else Path(place)
 
 
+def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`weight + scale * b @ a` in fp32: a linear layer's weight, or rows of it, with its LoRA adapter in it."""
+    return weight.float() + scale * (b.float() @ a.float())
+
+
 class CheckpointWeights:
     """Every weight of the model a checkpoint stands for: trained ones from it, frozen ones from where base.json says.
 
-    The same protocol as `model.pretrained.Weights`: names, shape, dtype, read, where.
+    The same protocol as `model.pretrained.Weights`: names, shape, dtype, read, where. A weight with a LoRA adapter is
+    given with the adapter in it, merged in fp32 when it is read.
+
+    trained: names of the weights that this run changed, merged ones included.
+    adapters: {name of a merged weight: (name of A, name of B, alpha / rank)}; `without_adapters` gives both apart.
+    without: prefixes of frozen weights that are left out, because others bring them; their files may have gone.
     """
 
-    def __init__(self, path: str | Path, *, checksums: bool = False) -> None:
+    def __init__(self, path: str | Path, *, checksums: bool = False, without: tuple[str, ...] = ()) -> None:
         self.checkpoint = Checkpoint(path)
         if checksums:
             self.checkpoint.verify_checksums()
@@ -793,8 +822,19 @@ class CheckpointWeights:
         self.earlier_run: dict[str, Any] | None = content.get("earlier_run")
         self.continued_from: dict[str, Any] | None = content.get("continued_from")
         base = read_json(self.checkpoint.run / "base.json")
-        self.trained = set(self.checkpoint.shapes)
-        self._frozen: dict[str, dict[str, str]] = base["tensors"]
+        shapes = self.checkpoint.shapes
+        self.adapters: dict[str, tuple[str, str, float]] = {}
+        for a in (name for name in shapes if ".lora_A." in name):
+            scale = float(self.state["lora"][a.split(".", 1)[0]])
+            self.adapters[a.split(".lora_A.")[0] + ".weight"] = (a, a.replace(".lora_A.", ".lora_B."), scale)
+        parts = {part for a, b, _ in self.adapters.values() for part in (a, b)}
+        self._own = {name: shape for name, shape in shapes.items() if name not in parts}
+        self.trained = {*self._own, *self.adapters}
+        self._frozen: dict[str, dict[str, Any]] = {
+            name: entry
+            for name, entry in base["tensors"].items()
+            if not name.startswith(without) or name in self.adapters
+        }
         self._runs = {place for place, entry in base["files"].items() if entry["kind"] == "run"}
         copies = {
             place: str(self.checkpoint.run / entry["copy"]) for place, entry in base["files"].items() if "copy" in entry
@@ -802,9 +842,13 @@ class CheckpointWeights:
         self.self_contained = set(copies) == set(base["files"])  # needs no other folder than the run's
         self._copies = copies
         self._earlier: dict[str, Checkpoint] = {}
+        self._merged: dict[str, _Merged] = {}
         self._open: dict[str, Any] = {}
         wrong = []
+        needed = {entry["file"] for entry in self._frozen.values()}
         for file, entry in base["files"].items():
+            if file not in needed:
+                continue
             file = copies.get(file, file)
             path_ = _identity_file(file)
             if not path_.is_file():
@@ -817,42 +861,93 @@ class CheckpointWeights:
             raise CheckpointError("frozen weights of this run cannot be used:\n  " + "\n  ".join(wrong))
 
     def names(self) -> list[str]:
-        return [*self.checkpoint.shapes, *self._frozen]
+        return [*self._own, *self._frozen]
 
     def shape(self, name: str) -> torch.Size:
-        if name in self.trained:
-            return self.checkpoint.shapes[name]
+        if name in self._own:
+            return self._own[name]
         earlier, entry = self._frozen_place(name)
-        return earlier.shapes[entry["key"]] if earlier else torch.Size(self._slice(entry).get_shape())
+        if earlier:
+            return earlier.shapes[entry["key"]]
+        shape = self._slice(entry).get_shape()
+        if "part" in entry:
+            shape[entry["part"]["dimension"]] = sum(end - begin for begin, end in entry["part"]["ranges"])
+        return torch.Size(shape)
 
     def dtype(self, name: str) -> torch.dtype:
+        if name in self.adapters:
+            return torch.float32
         if name in self.trained:
             return self.checkpoint.dtype
         earlier, entry = self._frozen_place(name)
         return earlier.dtype if earlier else self._file(entry["file"]).get_slice(entry["key"])[0:0].dtype
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, in the dtype in which it is stored."""
-        if name in self.trained:
-            return self.checkpoint.read_master(name)
+        """The whole tensor, in the dtype in which it is stored; in fp32 where an adapter is merged into it."""
+        if name in self.adapters:
+            a, b, scale = self.adapters[name]
+            read = self.checkpoint.read_master
+            return merged(self._read_frozen(name), read(a), read(b), scale)
+        return self.checkpoint.read_master(name) if name in self._own else self._read_frozen(name)
+
+    def _read_frozen(self, name: str) -> Tensor:
         earlier, entry = self._frozen_place(name)
-        return earlier.read_master(entry["key"]) if earlier else self._file(entry["file"]).get_tensor(entry["key"])
+        if earlier:
+            return earlier.read_master(entry["key"])
+        tensor: Tensor = self._file(entry["file"]).get_tensor(entry["key"])
+        if "part" not in entry:
+            return tensor
+        dimension, ranges = entry["part"]["dimension"], entry["part"]["ranges"]
+        return torch.cat([tensor.narrow(dimension, begin, end - begin) for begin, end in ranges], dimension)
 
     def read_slice(self, name: str, begin: int, end: int) -> Tensor:
         """Elements begin to end of the flattened tensor; of a trained one only they are read."""
-        if name in self.trained:
+        if name in self._own:
             return self.checkpoint.read_slice(name, begin, end)
+        if name in self.adapters:
+            return self._read_merged_slice(name, begin, end)
+        return self._read_frozen_slice(name, begin, end)
+
+    def _read_frozen_slice(self, name: str, begin: int, end: int) -> Tensor:
         earlier, entry = self._frozen_place(name)
-        return earlier.read_slice(entry["key"], begin, end) if earlier else self.read(name).flatten()[begin:end]
+        return earlier.read_slice(entry["key"], begin, end) if earlier else self._read_frozen(name).flatten()[begin:end]
+
+    def _read_merged_slice(self, name: str, begin: int, end: int) -> Tensor:
+        """The rows that hold the slice are merged, no others."""
+        rows, width = self.shape(name)
+        begin, end = min(begin, rows * width), min(end, rows * width)
+        first, last = begin // width, -(-end // width)
+        a, b, scale = self.adapters[name]
+        rank = self.checkpoint.shapes[a][0]
+        base = self._read_frozen_slice(name, first * width, last * width).view(-1, width)
+        part = self.checkpoint.read_slice(b, first * rank, last * rank).view(-1, rank)
+        return merged(base, self.checkpoint.read_master(a), part, scale).flatten()[
+            begin - first * width : end - first * width
+        ]
+
+    def without_adapters(self) -> WithoutAdapters:
+        """The same weights with adapters and what lies beneath them apart."""
+        return WithoutAdapters(self)
 
     def where(self, name: str) -> str:
         """Where a weight lives, in the form that `write_base` takes."""
         if name in self.trained:
             return f"{os.path.abspath(self.path)}:{name}"
+        return self._where_frozen(name)
+
+    def _where_frozen(self, name: str) -> str:
         entry = self._frozen[name]
         return f"{entry['file']}:{entry['key']}"
 
-    def _frozen_place(self, name: str) -> tuple[Checkpoint | None, dict[str, str]]:
+    def part(self, name: str) -> Part | None:
+        """Which part of what stands at `where` a weight is; None: all of it."""
+        return self._part_frozen(name) if name not in self.trained else None
+
+    def _part_frozen(self, name: str) -> Part | None:
+        part = self._frozen[name].get("part")
+        return None if part is None else (part["dimension"], [(begin, end) for begin, end in part["ranges"]])
+
+    def _frozen_place(self, name: str) -> tuple[Checkpoint | _Merged | None, dict[str, Any]]:
         try:
             entry = self._frozen[name]
         except KeyError:
@@ -862,17 +957,64 @@ class CheckpointWeights:
         place = self._copies.get(entry["file"], entry["file"])
         if place not in self._earlier:
             self._earlier[place] = Checkpoint(place)
-        return self._earlier[place], entry
+        if entry["key"] in self._earlier[place].shapes:
+            return self._earlier[place], entry
+        if entry["file"] not in self._merged:  # an adapter was merged into it, so it lies in that run's own base too
+            self._merged[entry["file"]] = _Merged(CheckpointWeights(entry["file"]))
+        return self._merged[entry["file"]], entry
 
     def _file(self, file: str) -> Any:
         if file not in self._open:
             self._open[file] = safe_open(self._copies.get(file, file), framework="pt")
         return self._open[file]
 
-    def _slice(self, entry: dict[str, str]) -> Any:
+    def _slice(self, entry: dict[str, Any]) -> Any:
         return self._file(entry["file"]).get_slice(entry["key"])
 
 
-def open_checkpoint(path: str | Path, *, checksums: bool = False) -> CheckpointWeights:
-    """All weights of the model behind RUN or RUN/step_N, with `.recipe`, `.step`, `.state` and `.trained`."""
-    return CheckpointWeights(path, checksums=checksums)
+class _Merged:
+    """The merged weights of an earlier run, with the face of a `Checkpoint`."""
+
+    def __init__(self, weights: CheckpointWeights) -> None:
+        self.shapes = {name: weights.shape(name) for name in weights.adapters}
+        self.dtype, self.read_master, self.read_slice = torch.float32, weights.read, weights.read_slice
+
+
+class WithoutAdapters:
+    """The weights of a checkpoint with its LoRA adapters apart: what is beneath one is given as it was frozen."""
+
+    def __init__(self, weights: CheckpointWeights) -> None:
+        self._all, self._own = weights, weights.checkpoint
+
+    def names(self) -> list[str]:
+        return [*self._own.shapes, *self._all._frozen]
+
+    def shape(self, name: str) -> torch.Size:
+        return self._own.shapes[name] if name in self._own.shapes else self._all.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name in self._own.shapes else self.read(name).dtype
+
+    def read(self, name: str) -> Tensor:
+        return self._own.read_master(name) if name in self._own.shapes else self._all._read_frozen(name)
+
+    def read_slice(self, name: str, begin: int, end: int) -> Tensor:
+        if name in self._own.shapes:
+            return self._own.read_slice(name, begin, end)
+        return self._all._read_frozen_slice(name, begin, end)
+
+    def where(self, name: str) -> str:
+        if name in self._own.shapes:
+            return f"{os.path.abspath(self._all.path)}:{name}"
+        return self._all._where_frozen(name)
+
+    def part(self, name: str) -> Part | None:
+        return self._all._part_frozen(name) if name not in self._own.shapes else None
+
+
+def open_checkpoint(path: str | Path, *, checksums: bool = False, without: tuple[str, ...] = ()) -> CheckpointWeights:
+    """All weights of the model behind RUN or RUN/step_N, with `.recipe`, `.step`, `.state` and `.trained`.
+
+    without: see `CheckpointWeights`.
+    """
+    return CheckpointWeights(path, checksums=checksums, without=without)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from nvlm_train import __version__
-from nvlm_train.errors import NvlmError, PeerError, SetupError
+from nvlm_train.errors import NvlmError, PeerError, SetupError, is_users
 from nvlm_train.log import rank_from_environment, set_up_logging
 
 PROG = "nvlm-train"
@@ -41,6 +41,12 @@ def _recipe(name: str) -> Callable[[argparse.Namespace], int]:
         return COMMANDS[name](args)
 
     return run
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from nvlm_train.train.weights import fetch_command
+
+    return fetch_command(args)
 
 
 def _data(name: str) -> Callable[[argparse.Namespace], int]:
@@ -218,11 +224,20 @@ def _data_preview_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_on_ranks(parser)
     parser.add_argument("--step", type=_whole, default=0, metavar="S", help="step whose packs are shown (default: 0)")
     parser.add_argument("--source", metavar="NAME", help="samples of this source instead of a step's")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--row", type=_whole, metavar="N", help="with --source: usable sample number N, from 0 (default: 0)"
+    )
+    which.add_argument(
+        "--line", metavar="[FILE:]N", help="with --source: the sample at line (element, row) N, as lint counts them"
     )
     parser.add_argument("--samples", type=_whole, metavar="N", help="samples shown in full (default: 3; with --row: 1)")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page instead of text")
+
+
+def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    _json_flag(parser)
 
 
 def _diff_arguments(parser: argparse.ArgumentParser) -> None:
@@ -299,8 +314,19 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("bf16", "fp32"), help="type of the weights (default: the recipe's precision)"
     )
+    parser.add_argument(
+        "--adapter",
+        metavar="BASE",
+        help="write the LoRA adapters alone, as a peft folder for the exported folder BASE (default: merged)",
+    )
     parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder, where the recipe's has moved")
     parser.add_argument("--max-shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
+    parser.add_argument(
+        "--layout",
+        choices=("published", "unpadded"),
+        help="published: 7 dummy heads behind the tower's real ones, as vLLM wants them (default of NVLM-D); unpadded: "
+        "none (NVLM-X and NVLM-H have no other)",
+    )
     _json_flag(parser)
 
 
@@ -311,7 +337,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", metavar="OUT", help="exported folder")
+    parser.add_argument("out", metavar="OUT|RUN[/step_N]", help="exported folder, or a run, which is exported for it")
     parser.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="an image; may be given several times"
     )
@@ -323,7 +349,11 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", metavar="OUT", help="exported folder, or a plain Qwen2 folder for data without images")
+    parser.add_argument(
+        "out",
+        metavar="OUT|RUN[/step_N]",
+        help="exported folder, a run, or a plain Qwen2 folder for data without images",
+    )
     parser.add_argument(
         "--data", required=True, metavar="FILE", help="JSONL whose last assistant turns are the right answers"
     )
@@ -375,6 +405,12 @@ VERBS: dict[str, Verb] = {
     ),
     "recipe schema": Verb(
         "the JSON schema, for editors", lambda parser: None, "recipe schema > recipe.schema.json", _recipe("schema")
+    ),
+    "fetch": Verb(
+        "download the weights that hf:// names, and compare them with the model",
+        _fetch_arguments,
+        "fetch recipes/finetune_nvlm_d_72b.yaml",
+        _fetch,
     ),
     "data index": Verb(
         "read all data once and keep the lengths, as the start of training would",
@@ -531,10 +567,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = VERBS[name].run(args)
         sys.stdout.flush()
         return code
-    except NvlmError as error:
+    except BrokenPipeError:
+        # the reader (`| head`) has seen enough; keep Python from complaining while it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (NvlmError, OSError) as error:
+        if not is_users(error):
+            raise
+        text = f"{error}" if isinstance(error, NvlmError) else f"{error}: make room and start the same command again"
         rank = rank_from_environment()
         # every rank finds the same mistake: one of them tells it whole
-        print(f"error: {error}" if rank == 0 else f"[rank {rank}] error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {text}" if rank == 0 else f"[rank {rank}] error: {text.splitlines()[0]}", file=sys.stderr)
         return 2
     except PeerError as error:
         rank = rank_from_environment()
@@ -543,8 +586,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (
-        BrokenPipeError
-    ):  # the reader (`| head`) has seen enough; keep Python from complaining while it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0

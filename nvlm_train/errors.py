@@ -7,6 +7,8 @@ with 1; anything else is a bug and keeps its traceback and exit code 1.
 
 from __future__ import annotations
 
+import errno
+
 
 class NvlmError(Exception):
     """Something the user can put right; the message is all that is shown."""
@@ -30,3 +32,9 @@ class SetupError(NvlmError):
 
 class PeerError(Exception):
     """Another rank was lost, failed or stands still, so that this one cannot go on. Start the job again."""
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether an error is the user's to mend, so that its message is enough: ours, and a full disk."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or isinstance(error, NvlmError)

@@ -4,8 +4,9 @@
     scripts/make_tiny_checkpoints.py OUT [--seed N]
 
 makes OUT/internvit and OUT/internvit_layer_norm (one file each; the second of the 300M tower's kind), OUT/qwen2 (three
-shards with an index), OUT/qwen2_tied (one file, no head) and OUT/llama (two shards). The two writers are importable:
-`scripts/make_demo_backbones` and the tests write trained or chosen weights with them.
+shards with an index), OUT/qwen2_tied (one file, no head), OUT/llama (two shards), and OUT/nvlm_d: a whole model as
+NVLM-D-72B is published, with mixed types, dummy attention heads, and what is odd in its configuration. The writers are
+importable: `scripts/make_demo_backbones` and the tests write trained or chosen weights with them.
 Norms and LayerScale are random too, so that a loader that forgets one does not go unnoticed.
 """
 
@@ -24,8 +25,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works before the package is installed
 
+from nvlm_train.model import key_map
 from nvlm_train.model.decoder import LanguageModel
-from nvlm_train.model.pretrained import INDEX_NAME, SINGLE_NAME
+from nvlm_train.model.pretrained import INDEX_NAME, SINGLE_NAME, expected_shapes
 from nvlm_train.model.vision import InternVit
 from nvlm_train.recipe import schema
 
@@ -142,6 +144,87 @@ def write_qwen2_folder(
     return _write(Path(path), config, chosen, num_shards)
 
 
+def write_nvlm_d_folder(
+    path: str | Path,
+    model: schema.Model,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    seed: int = 0,
+    num_shards: int = 3,
+    num_dummy_heads: int = 7,
+    nonzero_dummies: bool = False,
+) -> Path:
+    """A folder in the layout of the published NVLM-D-72B: mixed types, dummy heads, `model_type: llama`, rope_scaling.
+
+    state: tensors by our name; None: random from seed. nonzero_dummies: random values in the dummy heads wherever they
+    add nothing (everything but the columns of the projection), zeros else, as published.
+    """
+    shapes = expected_shapes(model)
+    chosen = random_state(shapes, seed) if state is None else {name: state[name] for name in shapes}
+    generator = torch.Generator().manual_seed(seed + 1)
+    published = {}
+    for name, tensor in chosen.items():
+        padded = key_map.pad(name, tensor.detach().float(), model.vision, num_dummy_heads)
+        if nonzero_dummies and key_map.padded_kind(name) in ("qkv", "norm"):
+            real = key_map.pad(name, torch.ones_like(tensor, dtype=torch.float32), model.vision, num_dummy_heads)
+            padded = torch.where(real == 1, padded, torch.randn(padded.shape, generator=generator))
+        fp32 = ("q_proj.", "k_proj.", "v_proj.", "attn.qkv.weight", "attn.proj.weight", "q_norm.", "k_norm.")
+        dtype = torch.float32 if any(part in name for part in fp32) else torch.bfloat16
+        published[key_map.to_published(name)] = padded.to(dtype).contiguous()
+    vision, lm = model.vision, model.language_model
+    config = {
+        "_commit_hash": None,
+        "architectures": ["NVLM_D"],
+        "model_type": "NVLM_D",
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": vision.image_size,
+        "max_dynamic_patch": 6,
+        "min_dynamic_patch": 1,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": "chatml",
+        "torch_dtype": "bfloat16",
+        "use_thumbnail": True,
+        "vision_config": {
+            "architectures": ["InternVisionModel"],
+            "model_type": "intern_vit_6b",
+            "hidden_act": "gelu",
+            "hidden_size": vision.hidden_size,
+            "image_size": vision.image_size,
+            "intermediate_size": vision.intermediate_size,
+            "layer_norm_eps": vision.layer_norm_eps,
+            "norm_type": "rms_norm",
+            "num_attention_heads": vision.num_attention_heads,  # the real ones
+            "num_channels": 3,
+            "num_hidden_layers": vision.num_hidden_layers,
+            "patch_size": vision.patch_size,
+            "qk_normalization": True,
+            "qkv_bias": False,
+            "torch_dtype": "bfloat16",
+        },
+        "llm_config": {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "llama",  # sic
+            "attention_bias": True,
+            "hidden_act": "silu",
+            "hidden_size": lm.hidden_size,
+            "intermediate_size": lm.intermediate_size,
+            "max_position_embeddings": lm.max_position_embeddings,
+            "num_attention_heads": lm.num_attention_heads,
+            "num_hidden_layers": lm.num_hidden_layers,
+            "num_key_value_heads": lm.num_key_value_heads,
+            "rms_norm_eps": lm.rms_norm_eps,
+            "rope_scaling": {"factor": 3.0, "type": "dynamic"},  # ignored by the version it was made with
+            "rope_theta": lm.rope_theta,
+            "tie_word_embeddings": lm.tie_word_embeddings,
+            "torch_dtype": "bfloat16",
+            "vocab_size": lm.vocab_size,
+        },
+    }
+    return _write(Path(path), config, published, num_shards)
+
+
 def _published(
     state: Mapping[str, Tensor] | None, prefix: str, shapes: Mapping[str, tuple[int, ...]], seed: int
 ) -> dict[str, Tensor]:
@@ -186,6 +269,7 @@ def main() -> int:
     vision = schema.Vision.model_validate(TINY_VISION)
     untied = schema.LanguageModel.model_validate(TINY_LANGUAGE_MODEL)
     tied = schema.LanguageModel.model_validate({**TINY_LANGUAGE_MODEL, "tie_word_embeddings": True})
+    whole = schema.Model(vision=vision, language_model=untied)
     llama = schema.LanguageModel.model_validate({**TINY_LANGUAGE_MODEL, "model_type": "llama", "rms_norm_eps": 1e-5})
     small = {"norm_type": "layer_norm", "qk_normalization": False, "qkv_bias": True}
     for folder in (
@@ -195,6 +279,7 @@ def main() -> int:
         ),
         write_qwen2_folder(args.out / "qwen2", untied, seed=args.seed, num_shards=3),
         write_qwen2_folder(args.out / "qwen2_tied", tied, seed=args.seed),
+        write_nvlm_d_folder(args.out / "nvlm_d", whole, seed=args.seed, nonzero_dummies=True),
         write_qwen2_folder(args.out / "llama", llama, seed=args.seed, num_shards=2),
     ):
         print(folder)

@@ -14,7 +14,7 @@ import pytest
 
 from nvlm_train import cli
 from nvlm_train.data.sources import parse_line
-from nvlm_train.model.flops import count_parameters, vision_parameters
+from nvlm_train.model.flops import count_parameters, trainable_parameters, vision_parameters
 from nvlm_train.recipe.foreign_names import markdown_table
 from nvlm_train.recipe.load import find_key, load_recipe
 from nvlm_train.recipe.schema import all_keys
@@ -160,7 +160,7 @@ def test_parameter_counts_are_counted() -> None:
         recipe = load_recipe(path).recipe
         counts = count_parameters(recipe.model)
         total = sum(counts.values())
-        trained = sum(count for module, count in counts.items() if getattr(recipe.train, module) == "full")
+        trained = sum(trainable_parameters(recipe.model, recipe.train).values())
         padded = vision_parameters(recipe.model.vision, 7) - counts["vision"]
         known |= {total, trained, total + padded, *counts.values()}
     numbers = {int(n.replace(",", "")) for n in re.findall(r"(?<![\d,])\d{1,3}(?:,\d{3}){2,}(?![\d,])", README)}

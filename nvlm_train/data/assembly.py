@@ -75,7 +75,7 @@ def on_heap(num_bytes: int) -> NDArray[np.uint8]:
 
 
 class Builder:
-    """Builds batches in `num_threads` threads, in the order they were submitted.
+    """Builds batches in `num_threads` threads (0: in the caller's), in the order they were submitted.
 
     allocate: where the tiles go: bytes -> u8[bytes]. augment: whether data.augment applies (never to held-out data).
     """
@@ -106,7 +106,10 @@ class Builder:
         """The batch of these packs, as soon as it is built. Its exception is whatever was no bad sample."""
         job = _Job(self, packs, num_tile_chunks)
         for k in range(max(1, len(job.refs))):
-            self._tasks.put((job, k))
+            if self._threads:
+                self._tasks.put((job, k))
+            else:
+                job.run(k)
         return job.future
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError  # the builtin one only from Python 3.11 on
 from concurrent.futures.process import BrokenProcessPool
@@ -54,6 +54,9 @@ _CHUNK_ROWS = 512  # texts of so many samples are tokenised at once
 _ALONE = {"B": 8 << 20, "row": 2000}  # amounts that one process indexes faster than others start
 _BAD_KEPT = 1000  # messages kept; counts are exact
 _BAD_SHOWN = 20
+_PIECE_ROWS = 1 << 18
+_NO_ROWS = 128  # bytes of a file of numpy without any
+_SHARED_ROWS = 1 << 16  # fewer numbers of rows are kept by each process for itself
 _NOT_BAD = (OVERLONG, BELOW_RATING)  # left out on purpose
 
 ROW = np.dtype(
@@ -161,9 +164,12 @@ class SourceIndex:
         found = self.rows[row]
         return self.source.where(int(part_of(found["position"])), int(found["line"]))
 
-    def shards(self) -> NDArray[np.int64]:
-        """Of every row the number of the file or row group it lies in, never falling: i64[n]."""
-        return part_of(self.rows["position"])
+    def shard_sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many of some rows lie in each file or row group that holds any of them, in order: i64[shards]."""
+        sizes = np.zeros(int(part_of(self.rows["position"][rows[-1:]]).max(initial=-1)) + 1, dtype=np.int64)
+        for piece in pieces(rows):  # not all at once: a source may have 10^8 rows
+            sizes += np.bincount(part_of(self.rows["position"][piece]), minlength=len(sizes))
+        return sizes[sizes > 0]
 
     @property
     def fewer_tiles(self) -> int:
@@ -181,9 +187,27 @@ class SourceIndex:
         return sum(count for reason, count in self.dropped.items() if reason not in _NOT_BAD)
 
 
+def pieces(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Stretches of an array, so that what is worked out of them does not grow with it."""
+    return (rows[begin : begin + _PIECE_ROWS] for begin in range(0, len(rows), _PIECE_ROWS))
+
+
 def index_dir_of(recipe: schema.Recipe) -> Path:
     """The folder that keeps the indexes of a recipe's sources."""
     return Path(recipe.data.index_dir) if recipe.data.index_dir else Path(recipe.output_dir) / "data_index"
+
+
+def make_index_dir(recipe: schema.Recipe) -> Path:
+    """The same folder, made where it is missing. Raises DataError that names the key which the folder comes from."""
+    folder = index_dir_of(recipe)
+    key, value = ("data.index_dir", folder) if recipe.data.index_dir else ("output_dir", recipe.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{key} {value}: cannot be written ({error}); name a folder of yours that all nodes share."
+        ) from error
+    return folder
 
 
 def index_key(source: Source, settings: IndexSettings) -> str:
@@ -204,7 +228,7 @@ def build_index(recipe: schema.Recipe, num_workers: int | None = None, *, judge:
     settings = IndexSettings.of(recipe, load_tokenizer(recipe.tokenizer.path))
     given = {**recipe.data.mixture, **(recipe.validation.sources if recipe.validation else {})}
     workers = recipe.data.index_workers if num_workers is None else num_workers
-    share, folder = recipe.data.max_bad_share, index_dir_of(recipe)
+    share, folder = recipe.data.max_bad_share, make_index_dir(recipe)
     found: dict[str, SourceIndex] = {}
     problems: list[str] = []
     for name, source in given.items():
@@ -614,6 +638,59 @@ def _read(source: Source, folder: Path, key: str) -> SourceIndex:
         return SourceIndex(source.name, source.path, key, rows, num_lines, dropped, bad, source)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: the index is damaged ({error}); delete this folder and start again.") from error
+
+
+def split_rows(
+    index: SourceIndex, held_out_share: float, most_tiles: int | None, index_dir: Path
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows that are trained on and those held out (by the hash of their content), rising: i64[n], i64[m].
+
+    most_tiles: rows with more tiles are in neither. Of large sources the numbers are kept beside the index and mapped,
+    so that all processes of a machine share one copy of them.
+    """
+    folder = index_dir / f"{index.name}-{index.key}"
+    label = f"{held_out_share!r}" + (f"-{most_tiles}" if most_tiles is not None else "")
+    files = [folder / f"{side}-{label}.npy" for side in ("train", "held_out")]
+    if len(index.rows) > _SHARED_ROWS and all(file.exists() for file in files):
+        try:
+            return _map(files[0]), _map(files[1])
+        except (OSError, ValueError):  # damaged: found anew
+            for file in files:
+                file.unlink(missing_ok=True)
+    sides: tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]] = ([], [])
+    for begin in range(0, len(index.rows), _PIECE_ROWS):
+        rows = index.rows[begin : begin + _PIECE_ROWS]
+        fits = np.full(len(rows), True) if most_tiles is None else rows["tiles"] <= most_tiles
+        apart = rows["hash"] < held_out_share * 2.0**32
+        for side, chosen in zip(sides, (~apart & fits, apart & fits), strict=True):
+            side.append(begin + np.flatnonzero(chosen))
+    train, held_out = (np.concatenate([np.empty(0, dtype=np.int64), *side]) for side in sides)
+    if len(index.rows) <= _SHARED_ROWS:
+        return train, held_out
+    try:
+        return _mapped(train, files[0]), _mapped(held_out, files[1])
+    except OSError as error:
+        log.warning("%s: cannot be written (%s); each process keeps %d bytes of its own", files[0], error, train.nbytes)
+        return train, held_out
+
+
+def _mapped(rows: NDArray[np.int64], file: Path) -> NDArray[np.int64]:
+    own = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}")
+    with open(own, "wb") as stream:
+        np.save(stream, rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if file.exists():
+        own.unlink()  # another process was faster and wrote the same: one copy for all
+    else:
+        os.replace(own, file)
+    return _map(file)
+
+
+def _map(file: Path) -> NDArray[np.int64]:
+    """The numbers in a file, mapped; of none there is nothing to map."""
+    found: NDArray[np.int64] = np.load(file, mmap_mode="r" if file.stat().st_size > _NO_ROWS else None)
+    return found
 
 
 def _heartbeat_file(folder: Path) -> Path:

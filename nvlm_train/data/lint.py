@@ -30,6 +30,7 @@ from nvlm_train.data.index import (
     SourceIndex,
     index_dir_of,
     index_key,
+    make_index_dir,
     open_index,
     too_bad,
 )
@@ -162,7 +163,7 @@ def _open_all(
 ) -> dict[str, _Opened | DataError]:
     """The indexes of all sources of an expanded recipe, or why one has none."""
     workers = recipe.data.index_workers if num_workers is None else num_workers
-    index_dir = index_dir_of(recipe)
+    index_dir = make_index_dir(recipe)
     opened: dict[str, _Opened | DataError] = {}
     for name, given in sources_of(recipe).items():
         try:
@@ -298,6 +299,7 @@ def _from_index(
     report: SourceReport, index: SourceIndex, settings: IndexSettings, data: schema.Data, examples: int
 ) -> None:
     report.lines, report.samples = index.num_lines, len(index.rows)
+    report.notes += index.source.notes()
     kept: dict[str, list[BadRow]] = {}
     for row in index.bad:
         kept.setdefault(row.reason, []).append(row)

@@ -235,7 +235,9 @@ class _BadSamples:
         path = self._plan.indexes[item.ref.source].path
         if self._warned[item.ref.source] < _WARNINGS_PER_SOURCE:
             self._warned[item.ref.source] += 1
-            log.warning("dropped %s: %s (%s)", item.where, item.message, item.reason)
+            last = self._warned[item.ref.source] == _WARNINGS_PER_SOURCE
+            rest = f"; more of source {item.ref.source!r} are only written to {self._file}" if last else ""
+            log.warning("dropped %s: %s (%s)%s", item.where, item.message, item.reason, rest)
         record = {
             "step": step,
             "source": item.ref.source,

@@ -11,6 +11,11 @@ sees the same stream. Three steps:
 3. The k-th draw of a source of n rows is row P(k mod n) of epoch k div n, where P is a keyed permutation of the rows,
    another one for each source and epoch. Draws are numbered by position, so no row comes again before all have come.
 
+P may keep to groups of shards (`Shards`), for sources that are read over a network or a row group at a time: the shards
+of the epoch are permuted and taken so many to a group, and the rows of a group are permuted among themselves before the
+next group begins. Which shards a stretch of draws needs is then few, and still a function of its place alone: the sums
+of the shards' rows in the epoch's order tell the group of a draw. With one group it is the permutation of all rows.
+
 The permutations are Feistel networks on the next power of four, applied again until the value is in range ("cycle
 walking"): bijections with random access and no memory.
 """
@@ -37,6 +42,26 @@ class Draws(NamedTuple):
     source: NDArray[np.int32]
     row: NDArray[np.int64]
     epoch: NDArray[np.int64]
+
+
+class Shards(NamedTuple):
+    """How the rows of a source lie in shards: row numbers rise from shard to shard.
+
+    sizes: i64[shards] rows in each, 1 or more. per_group: so many shards are mixed with each other.
+    Example: sizes [2, 1, 3], per_group 2: rows 0, 1 | 2 | 3, 4, 5; an epoch may mix the last and the first, then the
+    second: rows 4, 0, 3, 5, 1 and then 2.
+    """
+
+    sizes: NDArray[np.int64]
+    per_group: int
+
+
+class _Layout(NamedTuple):
+    """An epoch of a source in shards: the shards in their order, and where each of them and each group ends."""
+
+    order: NDArray[np.int64]  # i64[shards]
+    ends: NDArray[np.int64]  # i64[shards]: draws of the epoch up to the end of a shard
+    group_ends: NDArray[np.int64]  # i64[groups]
 
 
 @lru_cache(maxsize=4096)
@@ -103,6 +128,8 @@ class Mixture:
 
     max_epochs: times that a source's rows may come, by name; a source without it comes for ever. When all have it the
     order ends after `length` positions.
+
+    shards: the sources whose order keeps to groups of shards, by name; the others mix all their rows.
     """
 
     def __init__(
@@ -111,12 +138,22 @@ class Mixture:
         sizes: Mapping[str, int],
         weights: Mapping[str, float | Fraction],
         max_epochs: Mapping[str, float | None] | None = None,
+        shards: Mapping[str, Shards] | None = None,
     ) -> None:
         self.names = sorted(sizes)  # by name: the order of the recipe's keys means nothing
         self.sizes = [int(sizes[name]) for name in self.names]
         if not self.names or min(self.sizes) < 1 or min(weights[name] for name in self.names) <= 0:
             raise ValueError("a mixture needs at least one source, each with a row and a positive weight")
         self.seed = seed
+        # by place among the names; a single group is the order of rows, so it is none
+        self.shards: dict[int, Shards] = {}
+        for name, given in (shards or {}).items():
+            if len(given.sizes) == 0 or given.sizes.min() < 1 or int(given.sizes.sum()) != sizes[name]:
+                raise ValueError(f"the shards of {name!r} do not hold its {sizes[name]} rows")
+            if len(given.sizes) > given.per_group:
+                self.shards[self.names.index(name)] = given
+        self._starts = {d: np.cumsum(held.sizes) - held.sizes for d, held in self.shards.items()}
+        self._layouts: dict[tuple[int, int], _Layout] = {}
         exact = [Fraction(weights[name]) for name in self.names]
         total = sum(exact)
         self.shares = [weight / total for weight in exact]
@@ -131,6 +168,13 @@ class Mixture:
         self._find_phases()
         self._first_blocks = [phase.first for phase in self._phases]
         self._blocks: dict[int, Draws] = {}
+
+    def shard_digests(self) -> list[list[str | int]]:
+        """What of the order by groups other facts do not tell, for a fingerprint: [name, shards in a group, digest]."""
+        return [
+            [self.names[d], held.per_group, hashlib.sha256(held.sizes.tobytes()).hexdigest()[:16]]
+            for d, held in sorted(self.shards.items())
+        ]
 
     def _find_phases(self) -> None:
         block, drawn = 0, [0] * len(self.names)
@@ -235,9 +279,40 @@ class Mixture:
             for e in np.unique(epoch[mine]).tolist():
                 chosen = mine[epoch[mine] == e]
                 in_epoch = (drawn % rows)[epoch[mine] == e]
-                row[chosen] = permute(in_epoch, rows, f"{self.seed}/rows/{self.names[d]}/{e}")
+                row[chosen] = self._rows(d, e, in_epoch)
         drawn_block = Draws(source, row, epoch)
         while len(self._blocks) >= 16:
             self._blocks.pop(next(iter(self._blocks)), None)
         self._blocks[block] = drawn_block
         return drawn_block
+
+    def _rows(self, d: int, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of source d at some draws of an epoch, numbered from 0."""
+        key = f"{self.seed}/rows/{self.names[d]}/{epoch}"
+        if d not in self.shards:
+            return permute(places, self.sizes[d], key)
+        sizes, layout = self.shards[d].sizes, self._layout(d, epoch)
+        within = np.empty_like(places)  # draws in the order of shards
+        groups = np.searchsorted(layout.group_ends, places, side="right")
+        for group in np.unique(groups).tolist():
+            mine = groups == group
+            begin = int(layout.group_ends[group - 1]) if group else 0
+            size = int(layout.group_ends[group]) - begin
+            within[mine] = begin + permute(places[mine] - begin, size, f"{key}/{group}")
+        at = np.searchsorted(layout.ends, within, side="right")
+        shard = layout.order[at]
+        return self._starts[d][shard] + within - layout.ends[at] + sizes[shard]
+
+    def _layout(self, d: int, epoch: int) -> _Layout:
+        layout = self._layouts.get((d, epoch))
+        if layout is None:
+            sizes, per_group = self.shards[d]
+            key = f"{self.seed}/shards/{self.names[d]}/{epoch}"
+            order = permute(np.arange(len(sizes), dtype=np.int64), len(sizes), key)
+            ends = np.cumsum(sizes[order])
+            last = np.append(np.arange(per_group - 1, len(sizes) - 1, per_group), len(sizes) - 1)
+            layout = _Layout(order, ends, ends[last])
+            while len(self._layouts) >= 2 * len(self.shards):  # the epoch that ends and the one that begins
+                self._layouts.pop(next(iter(self._layouts)), None)
+            self._layouts[d, epoch] = layout
+        return layout

@@ -23,11 +23,20 @@ from nvlm_train.batch import SampleRef
 from nvlm_train.data import chat, packing, tiling
 from nvlm_train.data.fit import shorten
 from nvlm_train.data.images import AUGMENTATIONS, BadSample, open_image
-from nvlm_train.data.index import IndexSettings, SourceIndex, index_dir_of, open_index
-from nvlm_train.data.mixture import Draws, Mixture
+from nvlm_train.data.index import (
+    IndexSettings,
+    SourceIndex,
+    index_dir_of,
+    make_index_dir,
+    open_index,
+    pieces,
+    split_rows,
+)
+from nvlm_train.data.mixture import Draws, Mixture, Shards
 from nvlm_train.data.packing import Balance, Pack
 from nvlm_train.data.slow import SlowReads
 from nvlm_train.data.sources import Source, expand_sources, open_source
+from nvlm_train.data.sources.block_cache import BlockCache
 from nvlm_train.data.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm_train.data.windows import (
     Column,
@@ -90,9 +99,10 @@ def order_digest(
     """16 hex digits of everything that an order depends on; not the paths, because data may be moved."""
     digest = hashlib.sha256(json.dumps([names, order, limits, settings.key_parts()], sort_keys=True).encode())
     for name in names:
-        rows = indexes[name].rows[train_rows[name]]
         for column in ("hash", "tokens", "tiles", "max_tiles"):
-            digest.update(np.ascontiguousarray(rows[column]).tobytes())
+            values = indexes[name].rows[column]
+            for rows in pieces(train_rows[name]):
+                digest.update(values[rows].tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -133,6 +143,7 @@ class DataPlan:
             limits += [batch.packs, self.recipe.data.pack_tiles, self.windows.size, packing.VERSION]
         if any(limit is not None for limit in self.mixture.limits):
             limits.append(self.mixture.limits)
+        limits += self.mixture.shard_digests()
         return order_digest(self.mixture.names, order, limits, self.settings, self.indexes, self.train_rows)
 
     @property
@@ -337,13 +348,15 @@ def open_data(
         )
     settings = IndexSettings.of(recipe, tokenizer)
     validation = recipe.validation
-    index_dir = index_dir_of(recipe)
+    index_dir = make_index_dir(recipe) if rank == 0 else index_dir_of(recipe)
     sources: dict[str, Source] = {}
     indexes: dict[str, SourceIndex] = {}
     problems: list[str] = []
+    cache = BlockCache(recipe.data.remote_cache) if recipe.data.remote_cache else None
     for name, given in {**recipe.data.mixture, **(validation.sources if validation else {})}.items():
         try:
             source = open_source(name, given)
+            source.remote_cache = cache
             begin = time.monotonic()
             share = recipe.data.max_bad_share
             indexes[name] = open_index(source, settings, index_dir, max_bad_share=share, rank=rank, judge=judge)
@@ -357,28 +370,34 @@ def open_data(
     share = validation.held_out_share if validation else 0.0
     train_rows: dict[str, NDArray[np.int64]] = {}
     held_out: dict[str, NDArray[np.int64]] = {}
-    for name in recipe.data.mixture:
-        apart = indexes[name].rows["hash"] < share * 2.0**32
-        train_rows[name], held_out[name] = np.flatnonzero(~apart), np.flatnonzero(apart)
+    dropped = {(n, reason): count for n, index in indexes.items() for reason, count in index.dropped.items()}
+    for name, index in indexes.items():
+        _judge_tiles(index, recipe.data, dropped)
+        if name not in recipe.data.mixture:
+            held_out[name] = split_rows(index, 0.0, recipe.data.pack_tiles, index_dir)[0]
+            continue
+        train_rows[name], held_out[name] = split_rows(index, share, recipe.data.pack_tiles, index_dir)
         if not len(train_rows[name]):
             raise DataError(
-                f"source {name!r}: validation.held_out_share {share} leaves none of its {len(apart)} samples to train "
-                "on; lower the share."
+                f"source {name!r}: validation.held_out_share {share} leaves none of its {len(index.rows)} samples to "
+                "train on; lower the share."
             )
         if share > 0 and not len(held_out[name]):
-            log.warning("source %r: held_out_share %g takes none of its %d samples", name, share, len(apart))
-    for name in validation.sources if validation else ():
-        held_out[name] = np.arange(len(indexes[name].rows), dtype=np.int64)
-    dropped = {(n, reason): count for n, index in indexes.items() for reason, count in index.dropped.items()}
-    if recipe.data.pack_tiles is not None:
-        for chosen in (train_rows, held_out):
-            _drop_tiles(chosen, indexes, recipe.data, dropped)
+            log.warning("source %r: held_out_share %g takes none of its %d samples", name, share, len(index.rows))
     mixture = Mixture(
         recipe.seed,
         {name: len(rows) for name, rows in train_rows.items()},
         _weights(recipe.data, indexes, train_rows),
         {name: source.max_epochs for name, source in recipe.data.mixture.items()},
+        {
+            name: Shards(indexes[name].shard_sizes(rows), sources[name].settings.shards_per_group)
+            for name, rows in train_rows.items()
+            if sources[name].by_groups
+        },
     )
+    for d, name in enumerate(mixture.names):
+        if sources[name].settings.shuffle == "shard_groups" and d not in mixture.shards:
+            log.info("source %r: all its rows are mixed, because it has no more shards than shards_per_group", name)
     order = Windows(
         mixture,
         [Column(indexes[n].rows["tokens"], indexes[n].rows["tiles"], train_rows[n]) for n in mixture.names],
@@ -417,27 +436,20 @@ def _weights(
     return weights
 
 
-def _drop_tiles(
-    chosen: dict[str, NDArray[np.int64]],
-    indexes: Mapping[str, SourceIndex],
-    data: schema.Data,
-    dropped: dict[tuple[str, str], int],
-) -> None:
-    """Leaves out the samples that have more tiles than a pack may hold, and counts them."""
-    for name, rows in chosen.items():
-        fits = indexes[name].rows["tiles"][rows] <= data.pack_tiles
-        if fits.all():
-            continue
-        count = int(len(rows) - fits.sum())
-        if data.overlong == "error" or count == len(rows):
-            raise DataError(
-                f"source {name!r}: {count} of {len(rows)} samples have more tiles than data.pack_tiles "
-                f"{data.pack_tiles}; raise it to {int(indexes[name].rows['tiles'][rows].max())} or more, or lower "
-                "data.tiling.max_tiles."
-            )
-        log.warning("source %r: %d dropped as having %s %d", name, count, TOO_MANY_TILES, data.pack_tiles)
-        dropped[name, TOO_MANY_TILES] = dropped.get((name, TOO_MANY_TILES), 0) + count
-        chosen[name] = rows[fits]
+def _judge_tiles(index: SourceIndex, data: schema.Data, dropped: dict[tuple[str, str], int]) -> None:
+    """Counts the samples that have more tiles than a pack may hold, which are left out. Raises DataError."""
+    if data.pack_tiles is None:
+        return
+    tiles = index.rows["tiles"]
+    count = sum(int((piece > data.pack_tiles).sum()) for piece in pieces(tiles))
+    if count and (data.overlong == "error" or count == len(tiles)):
+        raise DataError(
+            f"source {index.name!r}: {count} of {len(tiles)} samples have more tiles than data.pack_tiles "
+            f"{data.pack_tiles}; raise it to {int(tiles.max())} or more, or lower data.tiling.max_tiles."
+        )
+    if count:
+        log.warning("source %r: %d dropped as having %s %d", index.name, count, TOO_MANY_TILES, data.pack_tiles)
+        dropped[index.name, TOO_MANY_TILES] = count
 
 
 def _steps(
@@ -463,6 +475,7 @@ def _steps(
     if batch.packs is not None or length.tokens is not None:
         kind = "packs" if batch.packs is not None else "tokens"
         limits = [kind, mixture.seed, order.capacity, order.tile_capacity, order.size, mixture.limits, packing.VERSION]
+        limits += mixture.shard_digests()
         shares = [str(share) for share in mixture.shares]
         table /= f"{order_digest(mixture.names, shares, limits, settings, indexes, train_rows)}.npy"
     return resolve_steps(
@@ -481,6 +494,8 @@ def _report(index: SourceIndex, index_dir: Path, seconds: float) -> None:
         log.warning(
             "source %r: the dropped lines are in %s; delete that folder to look again", index.name, folder / "meta.json"
         )
+    for note in index.source.notes():
+        log.warning("source %r: %s", index.name, note)
     if index.fewer_tiles:
         log.info("source %r: %d samples cut into fewer tiles to fit", index.name, index.fewer_tiles)
     if index.truncated:

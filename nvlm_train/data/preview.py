@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
 from nvlm_train.batch import IGNORE_INDEX, SampleRef
 from nvlm_train.data import chat, tiling
 from nvlm_train.data.images import BadSample, open_image
+from nvlm_train.data.index import SourceIndex
 from nvlm_train.data.lint import printable
 from nvlm_train.data.memory import ReadingRun, runs_of
 from nvlm_train.data.packing import Pack
@@ -96,10 +98,14 @@ def preview_command(args: Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides).recipe
     if args.row is not None and args.source is None:
         raise DataError(f"--row {args.row}: needs --source NAME; rows are counted within a source")
+    if args.line is not None and args.source is None:
+        raise DataError(f"--line {args.line}: needs --source NAME")
     plan = open_data(recipe, rank=0, world_size=world_size_of(args), judge=False)
     if args.source is not None:
-        count = args.samples if args.samples is not None else (1 if args.row is not None else 3)
-        refs, dealt = rows_of(plan, args.source, args.row or 0, count), None
+        one = args.row is not None or args.line is not None
+        count = args.samples if args.samples is not None else (1 if one else 3)
+        row = row_of_line(plan, args.source, args.line) if args.line is not None else args.row or 0
+        refs, dealt = rows_of(plan, args.source, row, count), None
     else:
         dealt = plan.deal_step(args.step)
         refs = chosen_of(dealt, 3 if args.samples is None else args.samples)
@@ -131,12 +137,40 @@ def preview_command(args: Namespace) -> int:
 
 def rows_of(plan: DataPlan, source: str, row: int, count: int) -> list[SampleRef]:
     """`count` usable samples of a source from number `row` on. Raises DataError for a name or number there is not."""
+    held = len(_index_of(plan, source).rows)
+    if row >= held:
+        raise DataError(
+            f"--row {row}: source {source!r} has {held} usable samples; use 0 to {held - 1}, or --line for the number "
+            "that a message gives"
+        )
+    return [SampleRef(source, number, 0) for number in range(row, min(row + count, held))]
+
+
+def row_of_line(plan: DataPlan, source: str, line: str) -> int:
+    """The usable sample that stands at `[FILE:]N`, numbered as `lint` and bad_samples.jsonl do. Raises DataError, with
+    the reason where the sample there was dropped."""
+    index = _index_of(plan, source)
+    file, _, number = line.rpartition(":")
+    if not number.isascii() or not number.isdigit():
+        raise DataError(f"--line {line}: is not N or FILE:N, with N the number that a message gives")
+    rows = np.flatnonzero(index.rows["line"] == int(number)).tolist()
+    found = {index.where(row): row for row in rows if file in index.where(row)}
+    dropped = {bad.where: bad for bad in index.bad if bad.line == int(number) and file in bad.where}
+    if len(found) + len(dropped) > 1:
+        places = ", ".join(sorted([*found, *dropped])[:5])
+        raise DataError(f"--line {line}: is in several files of source {source!r} ({places}); name one: FILE:{number}")
+    if dropped:
+        (bad,) = dropped.values()
+        raise DataError(f"--line {line}: {bad.where} was dropped as {bad.reason}: {bad.message}")
+    if not found:
+        raise DataError(f"--line {line}: source {source!r} has no sample there; it has {index.num_lines} records")
+    return next(iter(found.values()))
+
+
+def _index_of(plan: DataPlan, source: str) -> SourceIndex:
     if source not in plan.indexes:
         raise DataError(f"--source {source}: is not a source of this recipe; use one of {', '.join(plan.indexes)}")
-    held = len(plan.indexes[source].rows)
-    if row >= held:
-        raise DataError(f"--row {row}: source {source!r} has {held} usable samples; use 0 to {held - 1}")
-    return [SampleRef(source, number, 0) for number in range(row, min(row + count, held))]
+    return plan.indexes[source]
 
 
 def refs_of(dealt: Sequence[Sequence[Sequence[Pack]]]) -> list[SampleRef]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_train.errors import DataError
+from nvlm_train.hub import local_folder
 
 IM_START, IM_END, PAD, IMAGE_TOKEN = "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_pad|>"
 UNKNOWN = "<unk>"  # holds an image token's place in Yi's tokenizer, which has no <|vision_pad|>; no text encodes to it
@@ -79,7 +80,7 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
 
     Raises DataError when the folder or a file is missing or unreadable, or when a control token is missing.
     """
-    folder = Path(path)
+    folder = local_folder(path)
     if not folder.is_dir():
         raise DataError(
             f"tokenizer.path: no folder {folder}; give a folder with tokenizer.json (or vocab.json, merges.txt)."

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from nvlm_train.engine.launch import Launch, export_launch
-from nvlm_train.errors import NvlmError, SetupError
+from nvlm_train.errors import NvlmError, SetupError, is_users
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def agreed(world: World, what: str) -> Iterator[None]:
 
 def raise_together(world: World, error: Exception | None, what: str) -> None:
     """Raises on every rank when any has an error. See `agreed`."""
-    message = None if error is None else (isinstance(error, NvlmError), f"{type(error).__name__}: {error}")
+    message = None if error is None else (is_users(error), f"{type(error).__name__}: {error}")
     found = {rank: entry for rank, entry in enumerate(gather(world, message)) if entry is not None}
     if error is not None:
         raise error

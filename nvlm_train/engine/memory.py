@@ -22,23 +22,33 @@ KINDS = (
 )
 
 
-def predict_memory(recipe: Recipe, world_size: int, parameters: dict[str, int]) -> dict[str, int]:
+# Bits a weight of bitsandbytes' NF4 with doubly quantised scales: 4, 8 for each 64, 32 for each 256 of those
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+
+
+def predict_memory(
+    recipe: Recipe, world_size: int, parameters: dict[str, int], trainable_by_module: dict[str, int]
+) -> dict[str, int]:
     """Bytes per rank of each of `KINDS`, and their sum as `total`; what is offloaded is no part of it, but `host`.
 
-    parameters: counts of the whole modules, as `model.flops.count_parameters` gives them.
-    weights: what the engine shares out (a frozen tower is replicated instead: `tower_replicated`).
+    parameters: counts of the whole modules, as `model.flops.count_parameters` gives them; trainable_by_module: what the
+    optimizer steps of each, as `model.flops.trainable_parameters` gives them.
+    weights: what the engine shares out (a frozen tower is replicated instead: `tower_replicated`), adapters included.
     gradients: fp32 accumulation. optimizer: fp32 master, exp_avg, exp_avg_sq (stage 0: the weights are the
     masters).
-    gathered, buckets: what stage 3 holds whole at a time, and what is in flight in a reduction.
-    activations: what stays until backward; recomputed_layer: the layer at work when all are recomputed.
+    gathered, buckets: what stage 3 holds whole at a time (of 4-bit weights: the largest, unpacked for its product), and
+    what is in flight in a reduction.
+    activations: what stays until backward; recomputed_layer: the layer at work when they are recomputed.
     loss: logits and their gradient when every token is labelled (fewer in practice).
     """
     stage, ranks = recipe.zero.stage, world_size
     number = 2 if recipe.precision == "bf16" else 4
-    trained = {module: getattr(recipe.train, module) == "full" for module in parameters}
+    modes = {module: recipe.train.modes[module] for module in parameters}  # the model's modules
+    trained = {module: mode != "frozen" for module, mode in modes.items()}
     outside = parameters["vision"] if recipe.tower_is_replicated else 0
-    inside = sum(parameters.values()) - outside
-    trainable = sum(count for module, count in parameters.items() if trained[module])
+    adapters = sum(count for module, count in trainable_by_module.items() if modes[module] == "lora")
+    inside = sum(parameters.values()) - outside + adapters
+    trainable = sum(trainable_by_module.values())
 
     def share(amount: int, from_stage: int) -> int:
         return -(-amount // ranks) if stage >= from_stage else amount
@@ -52,13 +62,22 @@ def predict_memory(recipe: Recipe, world_size: int, parameters: dict[str, int]) 
     gathered = min(inside, max(recipe.zero.max_live_parameters, largest) + recipe.zero.prefetch_bucket_size)
 
     kv = lm.num_key_value_heads * (lm.hidden_size // lm.num_attention_heads)
+    products = lm.num_hidden_layers * (
+        2 * lm.hidden_size * (lm.hidden_size + kv) + 3 * lm.hidden_size * lm.intermediate_size
+    )
+    quantized = products if recipe.train.quantize == "nf4" else 0
     # kept per token in a layer: two residual inputs, two norm outputs, q, attention's output; k, v; gate, up, silu,
     # product
     layer = tokens * number * (6 * lm.hidden_size + 2 * kv + 4 * lm.intermediate_size)
-    inputs = tokens * number * lm.hidden_size * lm.num_hidden_layers
-    recompute = recipe.activation_checkpointing == "full"
+    if modes["language_model"] == "lora" and recipe.train.lora.language_model.dropout:
+        layer += tokens * number * (6 * lm.hidden_size + lm.intermediate_size)  # the dropped-out inputs, all targets
+    # per layer: its input alone; with the outputs of its products and of attention
+    inputs = tokens * number * lm.hidden_size
+    outputs = tokens * number * (5 * lm.hidden_size + 2 * kv + 2 * lm.intermediate_size)
+    recompute = recipe.activation_checkpointing
     backward = any(trained.values())
-    kept = 0 if not backward else inputs if recompute else layer * lm.num_hidden_layers
+    per_layer = {"none": layer, "selective": outputs, "full": inputs}[recompute]
+    kept = per_layer * lm.num_hidden_layers if backward else 0
     # as many tiles as image tokens fit into the packs; an image-free micro batch needs none of it
     tiles = -(-tokens // tile_tokens)
     crossing = 0
@@ -73,23 +92,35 @@ def predict_memory(recipe: Recipe, world_size: int, parameters: dict[str, int]) 
         )
         if recipe.model.cross_attention.feed_forward:
             crossing += number * tokens * (2 * lm.hidden_size + 4 * lm.intermediate_size)
-        kept += 0 if not backward or recompute else crossing * len(recipe.model.cross_attention_layers)
+        # with `selective` about two thirds of it are outputs of products and of attention
+        share_kept = {"none": 3, "selective": 2, "full": 0}[recompute]
+        kept += crossing * len(recipe.model.cross_attention_layers) * share_kept // 3 if backward else 0
     chunk = min(tiles, recipe.vision_tiles_per_chunk)
-    tower_layer = (patches + 1) * number * (8 * vision.hidden_size + 2 * vision.intermediate_size)
+    width, feed = vision.hidden_size, vision.intermediate_size
+    tower_row = {"none": 8 * width + 2 * feed, "selective": 6 * width + 2 * feed, "full": width}[recompute]
+    tower_layer = (patches + 1) * number * (8 * width + 2 * feed)
     inner = 0 if recipe.model.architecture == "nvlm_x" else 2 * lm.intermediate_size
-    projector = tiles * tile_tokens * number * (8 * vision.hidden_size + inner + lm.hidden_size)
-    tower = tiles * tower_layer * vision.num_hidden_layers if trained["vision"] else chunk * tower_layer
+    projector = tiles * tile_tokens * number * (8 * width + inner + lm.hidden_size)
+    tower = chunk * tower_layer
+    if trained["vision"]:
+        tower = tiles * (patches + 1) * number * tower_row * vision.num_hidden_layers + (
+            tower if recompute != "none" else 0
+        )
 
     predicted = {
-        "weights": share(inside, 3) * number,
+        "weights": share(inside - quantized, 3) * number + round(quantized * NF4_BITS / 8),
         "gradients": share(trainable, 2) * 4,
         "optimizer": share(trainable, 1) * (12 if stage else 8),
         "tower_replicated": outside * number,
-        "gathered": gathered * number if stage == 3 and ranks > 1 else 0,
+        "gathered": gathered * number
+        if stage == 3 and ranks > 1
+        else lm.hidden_size * lm.intermediate_size * number
+        if quantized
+        else 0,
         "buckets": min(trainable, recipe.zero.reduce_bucket_size)
         * (4 if recipe.zero.communication_data_type == "fp32" else 2),
         "activations": kept + projector,
-        "recomputed_layer": layer + crossing if recompute or not backward else 0,
+        "recomputed_layer": layer + crossing if recompute != "none" or not backward else 0,
         "loss": tokens * lm.vocab_size * (number + 4 + 4 + (number if number == 2 else 0)),
         "vision_activations": tower,
     }

@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nvlm_train.errors import CheckpointError
+from nvlm_train.recipe.schema import HUB_PATH, LORA_TARGETS
 
 _RESEARCH_ONLY = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?commercial|research", re.IGNORECASE)
 _HUB_NAME = re.compile(
     r"^(?:https?://huggingface\.co/)?([\w.-]+/[\w.-]+(?<!\.py)(?<!\.sh))/?$"
 )  # a script is no base model
+
+
+_PARTS = {
+    "nvlm_d": "An NVLM-D model (vision tower, projector and decoder)",
+    "nvlm_x": "An NVLM-X model (vision tower, projector, gated cross-attention and decoder)",
+    "nvlm_h": "An NVLM-H model (vision tower, projector, gated cross-attention and decoder)",
+}
 
 
 class Part(NamedTuple):
@@ -38,9 +46,9 @@ def parts_of(recipe: dict[str, Any], earlier_run: dict[str, Any] | None = None) 
     parts: list[Part] = []
     while True:
         init_from = recipe.get("init_from") or {}
-        for name in ("vision", "language_model"):
+        for name in ("model", "vision", "language_model"):
             if init_from.get(name):
-                parts.append(Part("weights", name, init_from[name].get("license"), init_from[name].get("source")))
+                parts.append(Part("weights", name, init_from[name].get("license"), _source(init_from[name])))
         for name, source in ((recipe.get("data") or {}).get("mixture") or {}).items():
             parts.append(Part("data", name, source.get("license"), source.get("source")))
         run = init_from.get("run")
@@ -53,6 +61,13 @@ def parts_of(recipe: dict[str, Any], earlier_run: dict[str, Any] | None = None) 
                 "are not known; start the run once more with this version of nvlm_train, it records them"
             )
         recipe, earlier_run = earlier_run["recipe"], earlier_run.get("earlier_run")
+
+
+def _source(weights: dict[str, Any]) -> str | None:
+    """Where weights come from: as stated, else the repository of an hf:// path."""
+    found = HUB_PATH.fullmatch(str(weights.get("path")))
+    stated: str | None = weights.get("source")
+    return stated or (found["repo"] if found else None)
 
 
 def is_research_only(license: str | None) -> bool:
@@ -84,8 +99,11 @@ def model_card(
     dtype: str,
     earlier_run: dict[str, Any] | None = None,
     continued_from: dict[str, Any] | None = None,
+    num_dummy_heads: int = 7,
 ) -> str:
     """README.md of an export, with the metadata the Hub reads at its head. earlier_run: see `parts_of`.
+
+    num_dummy_heads: how many heads are stored behind the tower's real ones.
 
     continued_from: what recipe.json recorded of the run that this one went on from, and the data it skips.
     """
@@ -102,7 +120,8 @@ def model_card(
         head += [f"license_name: {json.dumps(license or 'not-stated')}"]
     if bases:
         head += ["base_model:"] + [f"- {base}" for base in dict.fromkeys(bases)]
-    head += ["tags:", "- nvlm", "- nvlm_d", "- nvlm_train", "---", ""]
+    architecture = (recipe.get("model") or {}).get("architecture", "nvlm_d")
+    head += ["tags:", "- nvlm", f"- {architecture}", "- nvlm_train", "---", ""]
 
     body = [f"# {name}", ""]
     if research:
@@ -113,8 +132,15 @@ def model_card(
             "",
         ]
     body += [
-        "An NVLM-D model (vision tower, projector and Qwen2 decoder) trained with nvlm_train, in the layout of the "
-        "published NVLM-D-72B. The tower's attention is stored with 7 all-zero heads behind the real ones.",
+        _PARTS[architecture]
+        + " trained with nvlm_train. "
+        + (
+            "The layout is that of the published NVLM-D-72B: the tower's attention is stored with "
+            f"{num_dummy_heads} all-zero heads behind the real ones."
+            if num_dummy_heads
+            else "The tower is stored without the dummy heads of the published NVLM-D-72B; transformers loads it, "
+            "serving programs that know NVLM-D do not."
+        ),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoProcessor",
@@ -176,5 +202,6 @@ def _step(recipe: dict[str, Any]) -> str:
 
 
 def _trained(recipe: dict[str, Any]) -> str:
-    modes = recipe.get("train") or {}
+    train = recipe.get("train") or {}
+    modes = {module: mode for module, mode in train.items() if module in LORA_TARGETS}
     return ", ".join(f"{module} {mode}" for module, mode in modes.items()) or "not recorded"

@@ -1,9 +1,11 @@
-"""From a checkpoint to a Hugging Face folder in the published NVLM-D layout.
+"""From a checkpoint to a Hugging Face folder: NVLM-D in the published layout, NVLM-X and NVLM-H in ours beside it.
 
 Tensors go one by one from the checkpoint into the shards, so memory stays at about twice the largest tensor whatever
 the model's size. Everything is written into a hidden folder beside OUT, which gets its name only when it is complete.
 
 A tied output head is not written: config.json says `tie_word_embeddings: true`, as Qwen2's own small models do.
+
+Layouts: `published` has 7 dummy heads behind the tower's real ones, `unpadded` has none. Only NVLM-D has the first.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nvlm_train.errors import CheckpointError, SetupError
-from nvlm_train.export import card, key_map
+from nvlm_train.export import card
+from nvlm_train.hub import local_folder
 from nvlm_train.log import get_logger
+from nvlm_train.model import key_map
 
 if TYPE_CHECKING:
     import torch
@@ -32,16 +36,22 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-REMOTE_CODE = ("configuration_nvlm_d.py", "modeling_nvlm_d.py", "processing_nvlm_d.py")
+_SHARED_CODE = ("configuration_nvlm_d.py", "modeling_nvlm_d.py", "processing_nvlm.py")
+_CROSS_ATTENTION_CODE = ("configuration_nvlm_xh.py", "modeling_nvlm_xh.py")
+REMOTE_CODE = (*_SHARED_CODE, *_CROSS_ATTENTION_CODE)  # everything that this version may write
+MEMBERS = {"nvlm_d": "NVLM_D", "nvlm_x": "NVLM_X", "nvlm_h": "NVLM_H"}  # architecture: name in config.json
+LAYOUTS = ("published", "unpadded")
+DECODERS = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 CONTROL_TOKENS = {"im_start": "<|im_start|>", "im_end": "<|im_end|>", "pad": "<|endoftext|>", "image": "<|vision_pad|>"}
-TEMPLATE_SYSTEM = {
+BOS, YI_IMAGE_TOKEN = "<|startoftext|>", "<unk>"  # Yi's tokenizer has no <|vision_pad|>
+TEMPLATE_SYSTEM = {  # where the recipe names none
     "nvlm_qwen2": None,
     "hf_nvlm": "Answer the questions.",
     "nvlm_yi": None,
-}  # where the recipe names none
+}
 IMAGE_MEAN = [0.485, 0.456, 0.406]  # ImageNet
 IMAGE_STD = [0.229, 0.224, 0.225]
 DTYPES = {"bf16": ("bfloat16", "BF16", 2), "fp32": ("float32", "F32", 4)}  # torch's name, safetensors' name, bytes
@@ -57,6 +67,7 @@ def export(
     tokenizer_path: str | Path | None = None,
     dtype: str | None = None,
     max_shard_size: str | int = "4GB",
+    layout: str | None = None,
     step: int | None = None,
     recipe_hash: str | None = None,
     earlier_run: dict[str, Any] | None = None,
@@ -66,21 +77,28 @@ def export(
 
     weights: every tensor of the model by our names. recipe: as recipe_to_dict gives it. tokenizer_path: default the
     recipe's. dtype: 'bf16' or 'fp32', default the recipe's precision. max_shard_size: bytes, or '4GB', '500MB', '2GiB';
-    a larger single tensor gets a shard of its own. step, recipe_hash, earlier_run, continued_from: for the model card.
+    a larger single tensor gets a shard of its own. layout: 'published' (default of NVLM-D) or 'unpadded' (of NVLM-X and
+    NVLM-H, which have no other). step, recipe_hash, earlier_run, continued_from: for the model
+    card.
 
     Raises CheckpointError for tensors that are missing, mis-shaped or not finite, an unusable tokenizer, or an `out`
     that holds something; SetupError when the disk cannot hold the export. Nothing is left behind then.
     """
     out = Path(out)
     model = key_map.model_from_recipe(recipe)
-    _check_layout(model, recipe["tokenizer"]["template"])
+    num_dummy_heads = dummy_heads(model, layout)
     dtype = dtype or recipe.get("precision") or "bf16"
     if dtype not in DTYPES:
         raise CheckpointError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder; name a new one, nothing is overwritten")
-    tokenizer_folder = Path(tokenizer_path or recipe["tokenizer"]["path"])
+    tokenizer_folder = local_folder(tokenizer_path or recipe["tokenizer"]["path"])
     tokens = special_token_ids(tokenizer_folder, model.language_model.vocab_size)
+    if recipe["tokenizer"]["template"] == "nvlm_yi" and "bos" not in tokens:
+        raise CheckpointError(
+            f"the tokenizer in {tokenizer_folder} has no {BOS}, with which tokenizer.template nvlm_yi begins every "
+            "sample"
+        )
     readme = card.model_card(
         recipe,
         step=step,
@@ -88,8 +106,9 @@ def export(
         dtype=dtype,
         earlier_run=earlier_run,
         continued_from=continued_from,
+        num_dummy_heads=num_dummy_heads,
     )
-    shards = plan_shards(model, dtype, parse_size(max_shard_size))
+    shards = plan_shards(model, dtype, parse_size(max_shard_size), num_dummy_heads)
     _check_tensors(weights, model)
     _check_space(out, sum(size for shard in shards for _, _, size in shard))
 
@@ -99,13 +118,14 @@ def export(
             log.info("removing %s, left by an interrupted export", partial)
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        _write_weights(weights, model, shards, partial, dtype)
-        _write_json(partial / "config.json", model_config(model, recipe, tokens, dtype))
+        _write_weights(weights, model, shards, partial, dtype, num_dummy_heads)
+        _write_json(partial / "config.json", model_config(model, recipe, tokens, dtype, num_dummy_heads))
         _write_json(partial / "generation_config.json", generation_config(tokens))
         _write_json(partial / "preprocessor_config.json", preprocessor_config(model))
-        _write_json(partial / "processor_config.json", processor_config(model, recipe))
+        image_token = _control_tokens(_token_ids(tokenizer_folder))["image"]
+        _write_json(partial / "processor_config.json", processor_config(model, recipe, image_token))
         _write_tokenizer(tokenizer_folder, partial, recipe)
-        for name in REMOTE_CODE:
+        for name in remote_code(model.architecture):
             shutil.copyfile(Path(__file__).with_name("remote_code") / name, partial / name)
         (partial / "README.md").write_text(readme, encoding="utf-8")
         for path in partial.iterdir():
@@ -120,24 +140,17 @@ def export(
     return out
 
 
-def _check_layout(model: Model, template: str) -> None:
-    """CheckpointError for models and templates that the exported code does not know yet."""
-    vision = model.vision
-    wanted = [
-        ("model.architecture", model.architecture, "nvlm_d"),
-        ("model.projector.norm", model.projector.norm, "layer_norm"),
-        ("model.language_model.model_type", model.language_model.model_type, "qwen2"),
-        ("model.vision.norm_type", vision.norm_type, "rms_norm"),
-        ("model.vision.qk_normalization", vision.qk_normalization, True),
-        ("model.vision.qkv_bias", vision.qkv_bias, False),
-    ]
-    problems = [
-        f"{key} {value!r}: only {known!r} can be exported yet" for key, value, known in wanted if value != known
-    ]
-    if template == "nvlm_yi":
-        problems.append(f"tokenizer.template {template!r}: cannot be exported yet")
-    if problems:
-        raise CheckpointError("\n".join(problems))
+def dummy_heads(model: Model, layout: str | None) -> int:
+    """How many heads are stored behind the tower's real ones. CheckpointError for a layout that this model has not."""
+    if layout not in (None, *LAYOUTS):
+        raise CheckpointError(f"--layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    published = model.architecture == "nvlm_d"
+    if layout == "published" and not published:
+        raise CheckpointError(
+            f"--layout published: {model.architecture} was never published, only NVLM-D has that layout; leave it out, "
+            "or use unpadded"
+        )
+    return key_map.NUM_DUMMY_HEADS if published and layout != "unpadded" else 0
 
 
 def parse_size(size: str | int) -> int:
@@ -149,7 +162,14 @@ def parse_size(size: str | int) -> int:
     return value
 
 
-def plan_shards(model: Model, dtype: str, max_shard_bytes: int) -> list[list[tuple[str, tuple[int, ...], int]]]:
+def remote_code(architecture: str) -> tuple[str, ...]:
+    """The files of code that travel with an export."""
+    return _SHARED_CODE if architecture == "nvlm_d" else REMOTE_CODE
+
+
+def plan_shards(
+    model: Model, dtype: str, max_shard_bytes: int, num_dummy_heads: int = key_map.NUM_DUMMY_HEADS
+) -> list[list[tuple[str, tuple[int, ...], int]]]:
     """The tensors of each shard in model order: (our name, published shape, bytes). A shard never exceeds the limit
     unless a single tensor does."""
     from nvlm_train.model.pretrained import expected_shapes
@@ -157,7 +177,7 @@ def plan_shards(model: Model, dtype: str, max_shard_bytes: int) -> list[list[tup
     shards: list[list[tuple[str, tuple[int, ...], int]]] = [[]]
     used = 0
     for name, shape in expected_shapes(model).items():
-        shape = key_map.published_shape(name, shape, model.vision)
+        shape = key_map.published_shape(name, shape, model.vision, num_dummy_heads)
         size = DTYPES[dtype][2]
         for length in shape:
             size *= length
@@ -172,21 +192,28 @@ def plan_shards(model: Model, dtype: str, max_shard_bytes: int) -> list[list[tup
 # ------------------------------------------------------------------------------------------------ configuration files
 
 
-def model_config(model: Model, recipe: dict[str, Any], tokens: dict[str, int], dtype: str) -> dict[str, Any]:
+def model_config(
+    model: Model,
+    recipe: dict[str, Any],
+    tokens: dict[str, int],
+    dtype: str,
+    num_dummy_heads: int = key_map.NUM_DUMMY_HEADS,
+) -> dict[str, Any]:
     """config.json, key by key as the published one, by hand: what transformers 5 writes is misread by version 4.
 
     rope_theta stays at the top level of llm_config and rope_scaling is left out (the published value is ignored by some
     readers and obeyed by others).
     """
     vision, lm, tiling = model.vision, model.language_model, recipe["data"]["tiling"]
-    torch_dtype = DTYPES[dtype][0]
-    return {
-        "architectures": ["NVLM_D"],
-        "model_type": "NVLM_D",
+    torch_dtype, member = DTYPES[dtype][0], MEMBERS[model.architecture]
+    module = "nvlm_d" if model.architecture == "nvlm_d" else "nvlm_xh"
+    content = {
+        "architectures": [member],
+        "model_type": member,
         "auto_map": {
-            "AutoConfig": "configuration_nvlm_d.NVLM_D_Config",
-            "AutoModel": "modeling_nvlm_d.NVLM_D_Model",
-            "AutoModelForCausalLM": "modeling_nvlm_d.NVLM_D_Model",
+            "AutoConfig": f"configuration_{module}.{member}_Config",
+            "AutoModel": f"modeling_{module}.{member}_Model",
+            "AutoModelForCausalLM": f"modeling_{module}.{member}_Model",
         },
         "torch_dtype": torch_dtype,
         "downsample_ratio": 0.5,
@@ -196,6 +223,7 @@ def model_config(model: Model, recipe: dict[str, Any], tokens: dict[str, int], d
         "max_dynamic_patch": tiling["max_tiles"],
         "min_dynamic_patch": 1,
         "projector_layer_norm_eps": model.projector.layer_norm_eps,
+        "projector_norm": model.projector.norm,
         "ps_version": "v2",
         "select_layer": -1,
         "template": "chatml",
@@ -216,21 +244,21 @@ def model_config(model: Model, recipe: dict[str, Any], tokens: dict[str, int], d
             "initializer_range": 0.02,
             "intermediate_size": vision.intermediate_size,
             "layer_norm_eps": vision.layer_norm_eps,
-            "norm_type": "rms_norm",
+            "norm_type": vision.norm_type,
             "num_attention_heads": vision.num_attention_heads,
             "num_channels": 3,
-            "num_dummy_heads": key_map.NUM_DUMMY_HEADS,
+            "num_dummy_heads": num_dummy_heads,
             "num_hidden_layers": vision.num_hidden_layers,
             "patch_size": vision.patch_size,
-            "qk_normalization": True,
-            "qkv_bias": False,
+            "qk_normalization": vision.qk_normalization,
+            "qkv_bias": vision.qkv_bias,
             "torch_dtype": torch_dtype,
         },
         "llm_config": {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
+            "architectures": [DECODERS[lm.model_type]],
+            "model_type": lm.model_type,
             "attention_dropout": 0.0,
-            "bos_token_id": tokens["pad"],
+            "bos_token_id": tokens.get("bos", tokens["pad"]),
             "eos_token_id": tokens["im_end"],
             "hidden_act": "silu",
             "hidden_size": lm.hidden_size,
@@ -251,6 +279,23 @@ def model_config(model: Model, recipe: dict[str, Any], tokens: dict[str, int], d
             "vocab_size": lm.vocab_size,
         },
     }
+    if lm.model_type == "llama":
+        content["llm_config"] |= {"attention_bias": False, "mlp_bias": False}
+        for key in ("max_window_layers", "use_sliding_window"):
+            del content["llm_config"][key]
+    if model.architecture != "nvlm_d":
+        heads, groups = model.cross_attention_heads
+        own = model.cross_attention
+        content["cross_attention_config"] = {
+            "feed_forward": own.feed_forward,
+            "gate": own.gate,
+            "layers": list(model.cross_attention_layers),
+            "memory_norm": own.memory_norm,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "place": own.place,
+        }
+    return content
 
 
 def generation_config(tokens: dict[str, int]) -> dict[str, Any]:
@@ -264,7 +309,7 @@ def generation_config(tokens: dict[str, int]) -> dict[str, Any]:
 
 
 def preprocessor_config(model: Model) -> dict[str, Any]:
-    """preprocessor_config.json as published: one tile. Cutting an image into tiles is processing_nvlm_d.py's work."""
+    """preprocessor_config.json as published: one tile. Cutting an image into tiles is processing_nvlm.py's work."""
     return {
         "crop_size": model.vision.image_size,
         "do_center_crop": True,
@@ -278,23 +323,34 @@ def preprocessor_config(model: Model) -> dict[str, Any]:
     }
 
 
-def processor_config(model: Model, recipe: dict[str, Any]) -> dict[str, Any]:
-    """processor_config.json: how images and prompts were prepared in training, read by processing_nvlm_d.py."""
+def processor_config(
+    model: Model, recipe: dict[str, Any], image_token: str = CONTROL_TOKENS["image"]
+) -> dict[str, Any]:
+    """processor_config.json: how images and prompts were prepared in training, read by processing_nvlm.py."""
     tiling, tokenizer = recipe["data"]["tiling"], recipe["tokenizer"]
-    return {
-        "auto_map": {"AutoProcessor": "processing_nvlm_d.NVLM_D_Processor"},
+    yi = tokenizer["template"] == "nvlm_yi"
+    settings = {
+        "architecture": model.architecture,
+        "auto_map": {"AutoProcessor": "processing_nvlm.NVLM_Processor"},
+        "bos_token": BOS if yi else None,
         "image_mean": IMAGE_MEAN,
         "image_std": IMAGE_STD,
-        "image_token": CONTROL_TOKENS["image"],
+        "image_token": image_token,
         "image_tokens_per_tile": (model.vision.image_size // model.vision.patch_size // 2) ** 2,
         "max_tiles": tiling["max_tiles"],
         "max_tiles_per_sample": tiling.get("max_tiles_per_sample"),
         "prompt_template": tokenizer["template"],
         "system": system_text(recipe),
         "thumbnail": tiling["thumbnail"],
+        "thumbnail_tag": "<tile_global>" if yi else "<tile_global_thumbnail>",
         "tile_size": model.vision.image_size,
         "tile_tags": tiling["tags"],
     }
+    if model.architecture != "nvlm_d":
+        settings["text_reads"] = model.cross_attention.text_reads
+        in_sequence = model.architecture == "nvlm_h"
+        settings["thumbnail_reads_tiles"] = in_sequence and model.cross_attention.thumbnail_reads_tiles
+    return settings
 
 
 def system_text(recipe: dict[str, Any]) -> str | None:
@@ -307,10 +363,11 @@ def system_text(recipe: dict[str, Any]) -> str | None:
 def chat_template(template: str, system: str | None) -> str:
     """The Jinja chat template of a recipe preset: ChatML with the recipe's system text put first where there is none.
 
-    nvlm_qwen2 ends each turn in a newline, hf_nvlm does not. Images are expanded by the processor, not here.
+    nvlm_qwen2 and nvlm_yi end each turn in a newline, hf_nvlm does not; nvlm_yi begins with <|startoftext|>. Images are
+    expanded by the processor, not here.
     """
-    end = "<|im_end|>\\n" if template == "nvlm_qwen2" else "<|im_end|>"
-    lines = []
+    end = "<|im_end|>" if template == "hf_nvlm" else "<|im_end|>\\n"
+    lines = [f"{{{{- '{BOS}' }}}}"] if template == "nvlm_yi" else []
     if system is not None:
         quoted = json.dumps(system, ensure_ascii=False)
         lines.append(
@@ -336,11 +393,40 @@ def chat_template(template: str, system: str | None) -> str:
 
 
 def special_token_ids(folder: Path, vocab_size: int) -> dict[str, int]:
-    """Ids of im_start, im_end, pad and image tokens in a tokenizer folder.
+    """Ids of im_start, im_end, pad and image tokens in a tokenizer folder, of bos where there is one (Yi's).
 
+    The image token is the one that training puts: <|vision_pad|>, or <unk> in a tokenizer without it.
     CheckpointError when there is no tokenizer, a token is missing, or an id lies beyond the vocab_size rows of the
     embedding.
     """
+    ids = _token_ids(folder)
+    control = _control_tokens(ids)
+    missing = [token for token in control.values() if token not in ids]
+    if missing:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has no token {', '.join(missing)}; the chat format needs them"
+        )
+    largest = max(ids.values())
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has ids up to {largest}, but model.language_model.vocab_size is {vocab_size}: "
+            "it is not the tokenizer of this model"
+        )
+    return {role: ids[token] for role, token in control.items()}
+
+
+def _control_tokens(ids: dict[str, int]) -> dict[str, str]:
+    """The token of each role in a tokenizer's vocabulary."""
+    control = dict(CONTROL_TOKENS)
+    if control["image"] not in ids and YI_IMAGE_TOKEN in ids:
+        control["image"] = YI_IMAGE_TOKEN
+    if BOS in ids:
+        control["bos"] = BOS
+    return control
+
+
+def _token_ids(folder: Path) -> dict[str, int]:
+    """Every token of a tokenizer folder with its id."""
     ids: dict[str, int] = {}
     try:
         if (folder / "tokenizer.json").is_file():
@@ -359,18 +445,7 @@ def special_token_ids(folder: Path, vocab_size: int) -> dict[str, int]:
             )
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from None
-    missing = [token for token in CONTROL_TOKENS.values() if token not in ids]
-    if missing:
-        raise CheckpointError(
-            f"the tokenizer in {folder} has no token {', '.join(missing)}; NVLM-D's format needs them"
-        )
-    largest = max(ids.values())
-    if largest >= vocab_size:
-        raise CheckpointError(
-            f"the tokenizer in {folder} has ids up to {largest}, but model.language_model.vocab_size is {vocab_size}: "
-            "it is not the tokenizer of this model"
-        )
-    return {role: ids[token] for role, token in CONTROL_TOKENS.items()}
+    return ids
 
 
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:
@@ -387,10 +462,15 @@ def _write_tokenizer(folder: Path, out: Path, recipe: dict[str, Any]) -> None:
     settings = _tokenizer_settings(folder)
     fallback = "PreTrainedTokenizerFast" if (folder / "tokenizer.json").is_file() else "Qwen2Tokenizer"
     settings.setdefault("tokenizer_class", fallback)
+    if settings["tokenizer_class"].startswith("Llama") and (folder / "tokenizer.json").is_file():
+        # Yi's: training reads tokenizer.json as it is, a LlamaTokenizer makes one of its own from its parts
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["chat_template"] = chat_template(recipe["tokenizer"]["template"], system_text(recipe))
     settings["eos_token"] = CONTROL_TOKENS["im_end"]
     settings["pad_token"] = CONTROL_TOKENS["pad"]
     settings.setdefault("bos_token", None)
+    if recipe["tokenizer"]["template"] == "nvlm_yi":
+        settings["bos_token"], settings["unk_token"] = BOS, YI_IMAGE_TOKEN
     settings.setdefault("clean_up_tokenization_spaces", False)
     _write_json(out / "tokenizer_config.json", settings)
 
@@ -424,6 +504,7 @@ def _write_weights(
     shards: list[list[tuple[str, tuple[int, ...], int]]],
     folder: Path,
     dtype: str,
+    num_dummy_heads: int,
 ) -> None:
     import torch
     from tqdm import tqdm
@@ -431,7 +512,7 @@ def _write_weights(
     torch_dtype: torch.dtype = getattr(torch, DTYPES[dtype][0])
 
     def read(name: str) -> Tensor:
-        tensor = key_map.pad(name, weights.read(name).to(torch_dtype), model.vision)
+        tensor = key_map.pad(name, weights.read(name).to(torch_dtype), model.vision, num_dummy_heads)
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name} in {weights.where(name)} holds NaN or infinite values; it is not exported")
         return tensor
@@ -567,21 +648,28 @@ def foreign_code(folder: Path) -> list[str]:
 def export_command(args: Namespace) -> int:
     """`nvlm-train export RUN[/step_N] OUT`: exports, then verifies unless --no-verify. Returns the exit code."""
     from nvlm_train.checkpoint import open_checkpoint
+    from nvlm_train.export.adapter import export_adapter, verify_adapter
 
     checkpoint = open_checkpoint(args.run, checksums=True)
     as_json = getattr(args, "json", False)
     recipe_hash = checkpoint.state.get("recipe_hash")
-    out = export(
-        checkpoint,
-        checkpoint.recipe,
-        args.out,
-        tokenizer_path=getattr(args, "tokenizer", None),
-        dtype=getattr(args, "dtype", None),
-        max_shard_size=getattr(args, "max_shard_size", None) or "4GB",
-        step=checkpoint.step,
-        recipe_hash=recipe_hash,
-        earlier_run=checkpoint.earlier_run,
-        continued_from=checkpoint.continued_from,
+    base = getattr(args, "adapter", None)
+    out = (
+        export_adapter(checkpoint, args.out, base, getattr(args, "dtype", None) or "fp32")
+        if base
+        else export(
+            checkpoint,
+            checkpoint.recipe,
+            args.out,
+            tokenizer_path=getattr(args, "tokenizer", None),
+            dtype=getattr(args, "dtype", None),
+            max_shard_size=getattr(args, "max_shard_size", None) or "4GB",
+            layout=getattr(args, "layout", None),
+            step=checkpoint.step,
+            recipe_hash=recipe_hash,
+            earlier_run=checkpoint.earlier_run,
+            continued_from=checkpoint.continued_from,
+        )
     )
     size = sum(path.stat().st_size for path in out.iterdir())
     log.info("exported step %d of %s to %s (%.1f MB)", checkpoint.step, args.run, out, size / 1e6)
@@ -594,7 +682,7 @@ def export_command(args: Namespace) -> int:
 
     from nvlm_train.export.verify import print_report, verify
 
-    report = verify(out, checkpoint, checkpoint.recipe)
+    report = verify_adapter(out, checkpoint) if base else verify(out, checkpoint, checkpoint.recipe)
     print_report(report, as_json=as_json)
     if not report["ok"]:
         log.error("%s was written but is not what the checkpoint holds: do not use it", out)

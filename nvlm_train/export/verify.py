@@ -11,8 +11,9 @@ import json
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nvlm_train.errors import CheckpointError
 from nvlm_train.export import hf
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from nvlm_train.batch import Batch
+    from nvlm_train.batch import Batch, Memory
     from nvlm_train.model.pretrained import Weights
     from nvlm_train.recipe.schema import Model
 
 INDEX = "model.safetensors.index.json"
 NEEDED_FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "tokenizer_config.json", "README.md", INDEX, *hf.REMOTE_CODE,
+    "tokenizer_config.json", "README.md", INDEX,
 )  # fmt: skip
 # Both sides compute in fp32 from the same rounded weights and differ only in the order of sums.
 # Share of the largest logit; worst case in the tests 1.1e-6.
@@ -43,7 +44,7 @@ def verify(out: str | Path, weights: Weights, recipe: dict[str, Any], *, logits:
     [str], "logits": {case: {"max_difference", "largest", "tolerance"}}}. A check that could not be made has ok None.
     CheckpointError when there is no folder to verify.
     """
-    from nvlm_train.export.key_map import model_from_recipe
+    from nvlm_train.model.key_map import model_from_recipe
 
     out = Path(out)
     if not out.is_dir():
@@ -60,14 +61,15 @@ def verify(out: str | Path, weights: Weights, recipe: dict[str, Any], *, logits:
         problems.extend(f"{name}: {problem}" for problem in found)
         return not found
 
-    missing = [f"{name} is missing" for name in NEEDED_FILES if not (out / name).is_file()]
+    code = hf.remote_code(model.architecture)
+    missing = [f"{name} is missing" for name in (*NEEDED_FILES, *code) if not (out / name).is_file()]
     changed = [
         f"{name} differs from the one this version exports"
-        for name in hf.REMOTE_CODE
+        for name in code
         if (out / name).is_file()
         and (out / name).read_bytes() != (Path(__file__).with_name("remote_code") / name).read_bytes()
     ]
-    fine = record("files", missing + changed, f"{len(NEEDED_FILES)} files")
+    fine = record("files", missing + changed, f"{len(NEEDED_FILES) + len(code)} files")
     if (out / "config.json").is_file() and (out / INDEX).is_file():
         config = _read_json(out / "config.json")
         fine &= record("config.json", _config_problems(config, model, recipe), "every size as in the recipe")
@@ -76,7 +78,7 @@ def verify(out: str | Path, weights: Weights, recipe: dict[str, Any], *, logits:
         fine &= record("index", found, f"equals the shards, total_size {report['bytes']}")
         found = _layout_problems(stored, config)
         fine &= record("layout", found, f"{len(stored)} tensors with the expected names, shapes and dtypes")
-        found = _value_problems(out, stored, weights, model)
+        found = _value_problems(out, stored, weights, model, config["vision_config"]["num_dummy_heads"])
         fine &= record("values", found, f"{len(stored)} tensors equal the checkpoint's bit for bit, all finite")
         if logits and fine:
             skipped = _not_enough_memory(report["bytes"], config)
@@ -158,25 +160,35 @@ def _stored_tensors(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 def _config_problems(config: dict[str, Any], model: Model, recipe: dict[str, Any]) -> list[str]:
     """Keys of config.json that readers rely on and that do not say what the recipe says."""
     vision, lm = model.vision, model.language_model
+    member = {"nvlm_d": "NVLM_D", "nvlm_x": "NVLM_X", "nvlm_h": "NVLM_H"}[model.architecture]
     expected: dict[str, Any] = {
-        "architectures": ["NVLM_D"], "model_type": "NVLM_D", "select_layer": -1, "ps_version": "v2",
+        "architectures": [member], "model_type": member, "select_layer": -1, "ps_version": "v2",
         "downsample_ratio": 0.5, "min_dynamic_patch": 1, "force_image_size": vision.image_size,
         "max_dynamic_patch": recipe["data"]["tiling"]["max_tiles"],
         "use_thumbnail": recipe["data"]["tiling"]["thumbnail"],
         "tie_word_embeddings": lm.tie_word_embeddings,
-        "projector_layer_norm_eps": model.projector.layer_norm_eps,
-        "vision_config.norm_type": "rms_norm", "vision_config.qk_normalization": True, "vision_config.qkv_bias": False,
-        "vision_config.num_dummy_heads": 7, "vision_config.hidden_act": "gelu",
-        "llm_config.architectures": ["Qwen2ForCausalLM"], "llm_config.model_type": "qwen2",
+        "projector_layer_norm_eps": model.projector.layer_norm_eps, "projector_norm": model.projector.norm,
+        "vision_config.hidden_act": "gelu",
+        "llm_config.architectures": [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[lm.model_type]],
+        "llm_config.model_type": lm.model_type,
     }  # fmt: skip
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
-                "patch_size", "layer_norm_eps"):  # fmt: skip
+                "patch_size", "layer_norm_eps", "norm_type", "qk_normalization", "qkv_bias"):  # fmt: skip
         expected[f"vision_config.{key}"] = getattr(vision, key)
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "vocab_size", "tie_word_embeddings", "rms_norm_eps", "rope_theta",
                 "max_position_embeddings"):  # fmt: skip
         expected[f"llm_config.{key}"] = getattr(lm, key)
+    if model.architecture != "nvlm_d":
+        own, (heads, groups) = model.cross_attention, model.cross_attention_heads
+        values = {"layers": list(model.cross_attention_layers), "num_attention_heads": heads,
+                  "num_key_value_heads": groups, "place": own.place, "gate": own.gate,
+                  "feed_forward": own.feed_forward, "memory_norm": own.memory_norm}  # fmt: skip
+        expected |= {f"cross_attention_config.{key}": value for key, value in values.items()}
     problems = []
+    dummies = (config.get("vision_config") or {}).get("num_dummy_heads")
+    if dummies not in ((0, 7) if model.architecture == "nvlm_d" else (0,)):
+        problems.append(f"vision_config.num_dummy_heads is {dummies!r}; NVLM-D is stored with 7 or 0, others with 0")
     for dotted, value in expected.items():
         found: Any = config
         for key in dotted.split("."):
@@ -200,26 +212,29 @@ def expected_layout(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
     Written without looking at key_map.py, row by row from the table of the published repository's index.
     """
-    v, t = config["vision_config"], config["llm_config"]
+    v, t, crossing = config["vision_config"], config["llm_config"], config.get("cross_attention_config")
     d, f, h, i = v["hidden_size"], v["intermediate_size"], t["hidden_size"], t["intermediate_size"]
-    wide = d // v["num_attention_heads"] * (v["num_attention_heads"] + 7)
+    wide = d // v["num_attention_heads"] * (v["num_attention_heads"] + v["num_dummy_heads"])
     kv = h // t["num_attention_heads"] * t["num_key_value_heads"]
     tower = {
-        "norm1.weight": (d,), "norm2.weight": (d,), "ls1": (d,), "ls2": (d,),
-        "attn.qkv.weight": (3 * wide, d), "attn.q_norm.weight": (wide,), "attn.k_norm.weight": (wide,),
+        "norm1.weight": (d,), "norm2.weight": (d,), "ls1": (d,), "ls2": (d,), "attn.qkv.weight": (3 * wide, d),
         "attn.proj.weight": (d, wide), "attn.proj.bias": (d,),
         "mlp.fc1.weight": (f, d), "mlp.fc1.bias": (f,), "mlp.fc2.weight": (d, f), "mlp.fc2.bias": (d,),
     }  # fmt: skip
+    if v["norm_type"] == "layer_norm":
+        tower |= {"norm1.bias": (d,), "norm2.bias": (d,)}
+    if v["qkv_bias"]:
+        tower |= {"attn.qkv.bias": (3 * wide,)}
+    if v["qk_normalization"]:
+        tower |= {"attn.q_norm.weight": (wide,), "attn.k_norm.weight": (wide,)}
     decoder = {
-        "input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,),
-        "self_attn.q_proj.weight": (h, h), "self_attn.q_proj.bias": (h,),
-        "self_attn.k_proj.weight": (kv, h), "self_attn.k_proj.bias": (kv,),
-        "self_attn.v_proj.weight": (kv, h), "self_attn.v_proj.bias": (kv,),
-        "self_attn.o_proj.weight": (h, h),
+        "input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,), "self_attn.q_proj.weight": (h, h),
+        "self_attn.k_proj.weight": (kv, h), "self_attn.v_proj.weight": (kv, h), "self_attn.o_proj.weight": (h, h),
         "mlp.gate_proj.weight": (i, h), "mlp.up_proj.weight": (i, h), "mlp.down_proj.weight": (h, i),
     }  # fmt: skip
+    if t["architectures"] == ["Qwen2ForCausalLM"]:
+        decoder |= {"self_attn.q_proj.bias": (h,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
     layout: dict[str, tuple[int, ...]] = {
-        "mlp1.0.weight": (4 * d,), "mlp1.0.bias": (4 * d,), "mlp1.1.weight": (i, 4 * d), "mlp1.3.weight": (h, i),
         "vision_model.embeddings.class_embedding": (1, 1, d),
         "vision_model.embeddings.position_embedding": (1, 1 + (v["image_size"] // v["patch_size"]) ** 2, d),
         "vision_model.embeddings.patch_embedding.weight": (d, v["num_channels"], v["patch_size"], v["patch_size"]),
@@ -227,12 +242,33 @@ def expected_layout(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "language_model.model.embed_tokens.weight": (t["vocab_size"], h),
         "language_model.model.norm.weight": (h,),
     }  # fmt: skip
+    if config["architectures"] == ["NVLM_X"]:
+        layout |= {"mlp1.1.weight": (h, 4 * d)}
+    else:
+        layout |= {"mlp1.1.weight": (i, 4 * d), "mlp1.3.weight": (h, i)}
+    if config.get("projector_norm", "layer_norm") == "layer_norm":
+        layout |= {"mlp1.0.weight": (4 * d,), "mlp1.0.bias": (4 * d,)}
     if not t["tie_word_embeddings"]:
         layout["language_model.lm_head.weight"] = (t["vocab_size"], h)
     for n in range(v["num_hidden_layers"]):
         layout |= {f"vision_model.encoder.layers.{n}.{name}": shape for name, shape in tower.items()}
     for n in range(t["num_hidden_layers"]):
         layout |= {f"language_model.model.layers.{n}.{name}": shape for name, shape in decoder.items()}
+    if crossing:
+        kv = h // crossing["num_attention_heads"] * crossing["num_key_value_heads"]
+        reader = {
+            "input_layernorm.weight": (h,), "attn.q_proj.weight": (h, h), "attn.o_proj.weight": (h, h),
+            "attn.k_proj.weight": (kv, h), "attn.v_proj.weight": (kv, h),
+        }  # fmt: skip
+        if crossing["memory_norm"] == "rms_norm":
+            reader |= {"memory_norm.weight": (h,)}
+        if crossing["gate"] == "tanh":
+            reader |= {"attn_gate": (1,)} | ({"mlp_gate": (1,)} if crossing["feed_forward"] else {})
+        if crossing["feed_forward"]:
+            reader |= {"post_attention_layernorm.weight": (h,), "mlp.gate_proj.weight": (i, h),
+                       "mlp.up_proj.weight": (i, h), "mlp.down_proj.weight": (h, i)}  # fmt: skip
+        for n in range(len(crossing["layers"])):
+            layout |= {f"cross_attention.layers.{n}.{name}": shape for name, shape in reader.items()}
     return layout
 
 
@@ -252,7 +288,9 @@ def _layout_problems(stored: dict[str, dict[str, Any]], config: dict[str, Any]) 
     return problems
 
 
-def _value_problems(out: Path, stored: dict[str, dict[str, Any]], weights: Weights, model: Model) -> list[str]:
+def _value_problems(
+    out: Path, stored: dict[str, dict[str, Any]], weights: Weights, model: Model, num_dummy_heads: int = 7
+) -> list[str]:
     """Every stored tensor against the checkpoint's, one pair in memory at a time."""
     import torch
     from safetensors import safe_open
@@ -261,6 +299,8 @@ def _value_problems(out: Path, stored: dict[str, dict[str, Any]], weights: Weigh
     available = set(weights.names())
     renamed = {"mlp1.0.weight": "projector.norm.weight", "mlp1.0.bias": "projector.norm.bias",
                "mlp1.1.weight": "projector.fc1.weight", "mlp1.3.weight": "projector.fc2.weight"}  # fmt: skip
+    if model.architecture == "nvlm_x":
+        renamed["mlp1.1.weight"] = "projector.fc.weight"
     problems = []
     used = {"language_model.lm_head.weight"} if model.language_model.tie_word_embeddings else set()
     with tqdm(total=len(stored), desc="verify", unit="tensor", file=sys.stderr, leave=False) as progress:
@@ -276,7 +316,7 @@ def _value_problems(out: Path, stored: dict[str, dict[str, Any]], weights: Weigh
                     found = shard.get_tensor(name)
                     if not bool(torch.isfinite(found).all()):
                         problems.append(f"{name} holds NaN or infinite values")
-                    expected = _with_dummy_heads(name, weights.read(ours).to(found.dtype), model)
+                    expected = _with_dummy_heads(name, weights.read(ours).to(found.dtype), model, num_dummy_heads)
                     if found.shape != expected.shape:
                         problems.append(f"{name} is {list(found.shape)}, the checkpoint gives {list(expected.shape)}")
                     elif not torch.equal(found, expected):
@@ -286,15 +326,15 @@ def _value_problems(out: Path, stored: dict[str, dict[str, Any]], weights: Weigh
     return problems
 
 
-def _with_dummy_heads(name: str, tensor: Tensor, model: Model) -> Tensor:
-    """The tower's attention weights with 7 zero heads behind the real ones; a second writing of key_map.pad."""
+def _with_dummy_heads(name: str, tensor: Tensor, model: Model, num_dummy_heads: int) -> Tensor:
+    """The tower's attention weights with zero heads behind the real ones; a second writing of key_map.pad."""
     if not name.startswith("vision_model.encoder."):
         return tensor
     real = model.vision.hidden_size
-    wide = real // model.vision.num_attention_heads * (model.vision.num_attention_heads + 7)
+    wide = real // model.vision.num_attention_heads * (model.vision.num_attention_heads + num_dummy_heads)
     part = name.split(".", 4)[-1]
-    if part == "attn.qkv.weight":
-        padded = tensor.new_zeros(3 * wide, real)
+    if part in ("attn.qkv.weight", "attn.qkv.bias"):
+        padded = tensor.new_zeros(3 * wide, *tensor.shape[1:])
         for third in range(3):
             padded[third * wide : third * wide + real] = tensor[third * real : (third + 1) * real]
         return padded
@@ -337,26 +377,43 @@ class _Rounded:
         return self._weights.where(name)
 
 
-def compare_logits(out: Path, weights: Weights, model: Model, config: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Logits of the folder through transformers against those of NvlmD with the checkpoint's weights, both in fp32.
+class Prompt(NamedTuple):
+    """A fixed input. ids: i64[S]; tiles: u8[T, 3, px, px].
+
+    Of NVLM-X and NVLM-H: reads: tokens [begin, end) read tiles [first, last) of the memory, None for the end that all
+    later tokens share; memory_tiles: which of the tiles are in the memory; tags: tokens before each of them there.
+    """
+
+    ids: Tensor
+    tiles: Tensor
+    reads: tuple[tuple[int, int | None, int, int], ...] = ()
+    memory_tiles: tuple[int, ...] = ()
+    tags: tuple[tuple[int, ...], ...] = ()
+
+
+def compare_logits(
+    out: Path, weights: Weights, model: Model, config: dict[str, Any], load: Callable[[Path, str], Any] | None = None
+) -> dict[str, dict[str, float]]:
+    """Logits of the folder through transformers against those of our model with the checkpoint's weights, both in fp32.
 
     Inputs: text alone, one tile, several tiles, two images, and all of them as one padded batch.
+    load: what makes the folder's model, where that is not transformers alone.
     Returns {input: {"max_difference", "largest" logit, "tolerance"}}; a padded position is not compared.
     """
     import torch
 
-    from nvlm_train.model.nvlm import NvlmD
+    from nvlm_train.model.nvlm import class_of
     from nvlm_train.model.pretrained import load_into
 
-    inputs = _fixed_inputs(model, config["image_token_id"])
-    ours = NvlmD(model).eval()
+    prompts = fixed_prompts(model, config["image_token_id"])
+    ours = class_of(model)(model).eval()
     load_into(ours, _Rounded(weights, getattr(torch, config["torch_dtype"])), model, seed=0)
     with torch.no_grad():
         expected = {
-            name: ours.logits(_as_batch(ids, tiles, config["image_token_id"])) for name, (ids, tiles) in inputs.items()
+            name: ours.logits(as_batch(prompt, model, config["image_token_id"])) for name, prompt in prompts.items()
         }
     del ours
-    theirs = hf.load_exported(out, "fp32")
+    theirs = (load or hf.load_exported)(out, "fp32")
     results: dict[str, dict[str, float]] = {}
 
     def compare(name: str, found: Tensor, wanted: Tensor) -> None:
@@ -365,21 +422,16 @@ def compare_logits(out: Path, weights: Weights, model: Model, config: dict[str, 
         results[name] = {"max_difference": difference, "largest": largest, "tolerance": LOGIT_TOLERANCE * largest}
 
     with torch.no_grad():
-        for name, (ids, tiles) in inputs.items():
-            pixels = _normalised(tiles) if len(tiles) else None
-            compare(name, theirs(input_ids=ids[None], pixel_values=pixels).logits, expected[name])
-        longest = max(len(ids) for ids, _ in inputs.values())
-        rows = [torch.nn.functional.pad(ids, (0, longest - len(ids))) for ids, _ in inputs.values()]
-        mask = torch.stack([torch.arange(longest) < len(ids) for ids, _ in inputs.values()]).long()
-        pixels = _normalised(torch.cat([tiles for _, tiles in inputs.values()]))
-        found = theirs(input_ids=torch.stack(rows), attention_mask=mask, pixel_values=pixels).logits
-        real = torch.cat([found[row, : len(ids)] for row, (ids, _) in enumerate(inputs.values())])
-        compare("batch", real, torch.cat([expected[name][0] for name in inputs]))
+        for name, prompt in prompts.items():
+            compare(name, theirs(**as_inputs([prompt], model)).logits, expected[name])
+        found = theirs(**as_inputs(list(prompts.values()), model)).logits
+        real = torch.cat([found[row, : len(prompt.ids)] for row, prompt in enumerate(prompts.values())])
+        compare("batch", real, torch.cat([expected[name][0] for name in prompts]))
     return results
 
 
-def _fixed_inputs(model: Model, image_token: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """{name: (i64[S] token ids, u8[T, 3, px, px] tiles)}, the same on every machine."""
+def fixed_prompts(model: Model, image_token: int) -> dict[str, Prompt]:
+    """{name: prompt}, the same on every machine."""
     import torch
 
     generator = torch.Generator().manual_seed(20240917)
@@ -394,31 +446,142 @@ def _fixed_inputs(model: Model, image_token: int) -> dict[str, tuple[Tensor, Ten
         return torch.randint(256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
 
     image = [image_token] * per_tile
+    if model.architecture == "nvlm_x":  # tokens 3 and 4 are the tag of one tile, and so on
+        return {
+            "text only": Prompt(torch.tensor(text(11)), tiles(0)),
+            "one tile": Prompt(torch.tensor(text(11)), tiles(1), ((3, 5, 0, 1), (5, None, 0, 1)), (0,)),
+            "several tiles": Prompt(
+                torch.tensor(text(17)),
+                tiles(3),
+                ((2, 5, 0, 1), (5, 7, 1, 2), (7, 10, 2, 3), (10, None, 0, 3)),
+                (0, 1, 2),
+            ),
+            "two images": Prompt(
+                torch.tensor(text(23)),
+                tiles(3),
+                ((3, 5, 0, 1), (5, 11, 0, 1), (11, 13, 1, 2), (13, 16, 2, 3), (16, None, 0, 3)),
+                (0, 1, 2),
+            ),
+        }
+    if model.architecture == "nvlm_h":  # tags of two and of three tokens in the memory
+        tags = (tuple(text(3)), tuple(text(2)))
+        behind = 4 + per_tile
+        return {
+            "text only": Prompt(torch.tensor(text(11)), tiles(0)),
+            "one tile": Prompt(torch.tensor(text(3) + image + text(6)), tiles(1)),
+            "several tiles": Prompt(
+                torch.tensor(text(4) + image + text(9)), tiles(3), ((4, None, 0, 2),), (0, 1), tags
+            ),
+            "two images": Prompt(
+                torch.tensor(text(4) + image + text(7) + image + text(5)),
+                tiles(4),
+                ((behind, behind + 5, 0, 1), (behind + 7, None, 0, 2)),
+                (0, 2),
+                tags,
+            ),
+        }
     return {
-        "text only": (torch.tensor(text(11)), tiles(0)),
-        "one tile": (torch.tensor(text(3) + image + text(6)), tiles(1)),
-        "several tiles": (torch.tensor(text(2) + image + text(5) + image + text(5) + image + text(4)), tiles(3)),
-        "two images": (torch.tensor(text(3) + image + text(4) + image + text(7) + image + text(5)), tiles(3)),
+        "text only": Prompt(torch.tensor(text(11)), tiles(0)),
+        "one tile": Prompt(torch.tensor(text(3) + image + text(6)), tiles(1)),
+        "several tiles": Prompt(torch.tensor(text(2) + image + text(5) + image + text(5) + image + text(4)), tiles(3)),
+        "two images": Prompt(torch.tensor(text(3) + image + text(4) + image + text(7) + image + text(5)), tiles(3)),
     }
 
 
-def _as_batch(ids: Tensor, tiles: Tensor, image_token: int) -> Batch:
+def as_inputs(prompts: Sequence[Prompt], model: Model) -> dict[str, Any]:
+    """A batch for the exported model, padded on the right; what the processor makes of text and images."""
+    import torch
+
+    longest = max(len(prompt.ids) for prompt in prompts)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.stack([torch.nn.functional.pad(p.ids, (0, longest - len(p.ids))) for p in prompts]),
+        "attention_mask": torch.stack([torch.arange(longest) < len(p.ids) for p in prompts]).long(),
+    }
+    tiles = torch.cat([prompt.tiles for prompt in prompts])
+    if not len(tiles):
+        return inputs
+    inputs["pixel_values"] = _normalised(tiles)
+    if model.architecture == "nvlm_d":
+        return inputs
+    reads: list[list[int]] = []
+    memory_tiles: list[int] = []
+    tags: list[tuple[int, ...]] = []
+    before = 0
+    for row, prompt in enumerate(prompts):
+        first = len(memory_tiles)
+        reads += [[row, a, 2**31 - 1 if b is None else b, first + c, first + d] for a, b, c, d in prompt.reads]
+        memory_tiles += [before + tile for tile in prompt.memory_tiles]
+        tags += list(prompt.tags)
+        before += len(prompt.tiles)
+    inputs["reads"] = torch.tensor(reads, dtype=torch.int64).reshape(-1, 5)
+    if model.architecture == "nvlm_h":
+        width = max(map(len, tags), default=0)
+        filled = [[*tag, *[-1] * (width - len(tag))] for tag in tags]
+        inputs["memory_tiles"] = torch.tensor(memory_tiles, dtype=torch.int64)
+        inputs["memory_tags"] = torch.tensor(filled, dtype=torch.int64).reshape(len(tags), width)
+    return inputs
+
+
+def as_batch(prompt: Prompt, model: Model, image_token: int) -> Batch:
+    """The same prompt for our model."""
     import torch
 
     from nvlm_train.batch import IGNORE_INDEX, Batch
 
+    ids, per_tile = prompt.ids, (model.vision.image_size // model.vision.patch_size // 2) ** 2
     places = ids == image_token
-    slots = torch.where(places, places.cumsum(0) - 1, -1)
+    in_memory = prompt.memory_tiles if model.architecture != "nvlm_d" else ()
+    in_sequence = [tile for tile in range(len(prompt.tiles)) if tile not in in_memory]
+    slots = torch.full_like(ids, -1)
+    slots[places] = torch.tensor(
+        [n for t in in_sequence for n in range(t * per_tile, (t + 1) * per_tile)], dtype=ids.dtype
+    )
     return Batch(
         input_ids=ids[None],
         labels=torch.full_like(ids, IGNORE_INDEX)[None],
         position_ids=torch.arange(len(ids))[None],
         cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
         max_seqlen=len(ids),
-        tiles=tiles,
+        tiles=prompt.tiles,
         image_slots=slots[None],
         num_trained_tokens=0,
-        num_tile_chunks=1 if len(tiles) else 0,
+        num_tile_chunks=1 if len(prompt.tiles) else 0,
+        memory=None if model.architecture == "nvlm_d" else _as_memory(prompt, model, per_tile),
+    )
+
+
+def _as_memory(prompt: Prompt, model: Model, per_tile: int) -> Memory:
+    import torch
+
+    from nvlm_train.batch import Memory
+
+    tags = prompt.tags or ((),) * len(prompt.memory_tiles)
+    ids: list[int] = []
+    slots: list[int] = []
+    begins = [0]
+    for tile, tag in zip(prompt.memory_tiles, tags, strict=True):
+        ids += [*tag, *[0] * per_tile]
+        slots += [*[-1] * len(tag), *range(tile * per_tile, (tile + 1) * per_tile)]
+        begins.append(len(ids))
+    queries = [list(range(a, len(prompt.ids) if b is None else b)) for a, b, _, _ in prompt.reads]
+    rows = [list(range(begins[c], begins[d])) for _, _, c, d in prompt.reads]
+
+    def whole(parts: list[list[int]]) -> Tensor:
+        return torch.tensor([n for part in parts for n in part], dtype=torch.int64)
+
+    def bounds(parts: list[list[int]]) -> Tensor:
+        return torch.tensor([0, *(len(part) for part in parts)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+    hybrid = model.architecture == "nvlm_h"
+    return Memory(
+        ids=torch.tensor(ids if hybrid else [], dtype=torch.int64),
+        slots=torch.tensor(slots if hybrid else [], dtype=torch.int64),
+        query_rows=whole(queries),
+        cu_queries=bounds(queries),
+        rows=whole(rows),
+        cu_rows=bounds(rows),
+        max_queries=max(map(len, queries), default=0),
+        max_rows=max(map(len, rows), default=0),
     )
 
 
@@ -471,8 +634,12 @@ def print_report(report: dict[str, Any], *, as_json: bool) -> None:
 def verify_command(args: Namespace) -> int:
     """`nvlm-train verify OUT --against RUN[/step_N]`: 0 equal, 1 different, 2 (an NvlmError) when it cannot tell."""
     from nvlm_train.checkpoint import open_checkpoint
+    from nvlm_train.export import adapter
 
     checkpoint = open_checkpoint(args.against, checksums=True)
-    report = verify(args.out, checkpoint, checkpoint.recipe)
+    if (Path(args.out) / adapter.CONFIG).is_file():
+        report = adapter.verify_adapter(args.out, checkpoint)
+    else:
+        report = verify(args.out, checkpoint, checkpoint.recipe)
     print_report(report, as_json=getattr(args, "json", False))
     return 0 if report["ok"] else 1

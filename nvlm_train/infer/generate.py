@@ -1,4 +1,4 @@
-"""Answers from an exported folder, through transformers and the folder's own code, as any user of it would get them.
+"""Answers from an exported folder, or a run, through transformers and the exported code, as any user would get them.
 
 A plain Qwen2 folder (a text-only model) answers too; it is what the decoder could do before it learned to see.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from argparse import Namespace
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_train.errors import CheckpointError, DataError
-from nvlm_train.export.hf import load_exported
+from nvlm_train.export.hf import export, load_exported
+from nvlm_train.log import get_logger
+
+log = get_logger(__name__)
 
 STOP = ("<|im_end|>", "<|endoftext|>")
 
@@ -37,12 +41,22 @@ class Answerer:
 
 
 def load_answerer(folder: str | Path) -> Answerer:
-    """Loads an export or a plain Qwen2 folder: on a GPU as stored; without one on the CPU in fp32 (bf16 is slow there).
+    """Loads an export, a run or a plain Qwen2 folder: on a GPU as stored; without one on the CPU in fp32 (bf16 is slow
+    there). Of a run, RUN or RUN/step_N, an export is made for the time of loading, so that both answer alike.
 
-    CheckpointError when the folder is neither.
+    CheckpointError when the folder is none of them.
     """
     folder = Path(folder)
     import torch
+
+    from nvlm_train.checkpoint import is_run, open_checkpoint
+
+    if is_run(folder):
+        run = open_checkpoint(folder)
+        about: dict[str, Any] = {"step": run.step, "earlier_run": run.earlier_run, "continued_from": run.continued_from}
+        with tempfile.TemporaryDirectory() as parent:
+            log.info("exporting step %d of %s for the time of loading", run.step, folder)
+            return load_answerer(export(run, run.recipe, Path(parent) / folder.name, **about))
 
     on_gpu = torch.cuda.is_available()
     model = load_exported(folder, None if on_gpu else "fp32").to("cuda" if on_gpu else "cpu")
@@ -64,13 +78,13 @@ class _TextProcessor:
     """For a plain Qwen2 folder: its chat template, or ChatML where it has none."""
 
     def __init__(self, tokenizer: Any) -> None:
-        from nvlm_train.export.remote_code.processing_nvlm_d import NVLM_D_Processor
+        from nvlm_train.export.remote_code.processing_nvlm import NVLM_Processor
 
         self.tokenizer = tokenizer
         self.tokenizer.pad_token = self.tokenizer.pad_token or STOP[1]
         self.tokenizer.padding_side = "left"  # as an argument of apply_chat_template it is ignored by transformers 5
         settings = {"image_token": "<|vision_pad|>", "prompt_template": "nvlm_qwen2", "system": None}
-        self._chatml = NVLM_D_Processor(tokenizer, settings)
+        self._chatml = NVLM_Processor(tokenizer, settings)
 
     def __call__(self, prompts: list[Any], images: Any = None) -> Any:
         if self.tokenizer.chat_template is None:
@@ -108,7 +122,9 @@ def answer(
     import torch
 
     if not answerer.has_vision and any(images):
-        raise DataError("this model is text-only (a plain Qwen2 folder), but images were given; use an NVLM-D export")
+        raise DataError(
+            "this model is text-only (a plain Qwen2 folder), but images were given; use an export or a run of ours"
+        )
     device = answerer.model.device
     try:
         inputs = answerer.processor(prompts, images=images if answerer.has_vision else None)

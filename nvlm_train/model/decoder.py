@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nvlm_train.batch import IGNORE_INDEX
 from nvlm_train.model.attention import RMSNorm, packed_attention, rotary_tables, rotate
+from nvlm_train.model.recompute import Recompute
 from nvlm_train.recipe import schema
 
 # Logits held at once, in elements: 512 MiB in fp32. More labelled rows are done in pieces, recomputed in backward.
@@ -101,10 +102,10 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and final norm; the embedding is called by whoever puts images between the tokens."""
 
-    def __init__(self, config: schema.LanguageModel, activation_checkpointing: bool, kernels: str) -> None:
+    def __init__(self, config: schema.LanguageModel, activation_checkpointing: str, kernels: str) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = activation_checkpointing
+        self.recompute = Recompute(activation_checkpointing)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, kernels) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -126,12 +127,7 @@ class Decoder(nn.Module):
         head_size = self.config.hidden_size // self.config.num_attention_heads
         cos, sin = rotary_tables(position_ids, head_size, self.config.rope_theta, x.dtype)  # [B, S, 1, H]
         for number, layer in enumerate(self.layers):
-            arguments = (x, cos, sin, cu_seqlens, max_seqlen, readers.get(number), place)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # Nothing in a layer is random: no generator state to keep.
-                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(*arguments)
+            x = self.recompute(layer, x, cos, sin, cu_seqlens, max_seqlen, readers.get(number), place)
         return self.norm(x)
 
 
@@ -181,7 +177,7 @@ class LanguageModel(nn.Module):
     """Decoder and head. With tied embeddings one Parameter is registered in both modules."""
 
     def __init__(
-        self, config: schema.LanguageModel, *, activation_checkpointing: bool = False, kernels: str = "auto"
+        self, config: schema.LanguageModel, *, activation_checkpointing: str = "none", kernels: str = "auto"
     ) -> None:
         super().__init__()
         self.model = Decoder(config, activation_checkpointing, kernels)

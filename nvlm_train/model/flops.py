@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nvlm_train.recipe.schema import LanguageModel, Model, Train, Vision
+from nvlm_train.recipe.schema import LanguageModel, Lora, Model, Train, Vision, lora_targets
 
 NUM_DUMMY_HEADS = 7  # zero heads in published NVLM-D checkpoints: 25 real ones padded to 32 for tensor parallelism
 
@@ -98,11 +98,60 @@ def decoder_layer_parameters(lm: LanguageModel) -> int:
     return attention + 3 * width * lm.intermediate_size + 2 * width
 
 
+def linear_shapes(model: Model) -> dict[str, dict[str, tuple[int, int]]]:
+    """{module: {target: (inputs, outputs)}} of every linear layer that LoRA can be put on, one layer of the module."""
+    vision, lm = model.vision, model.language_model
+    e, ef, d, f = vision.hidden_size, vision.intermediate_size, lm.hidden_size, lm.intermediate_size
+    kv = lm.num_key_value_heads * (d // lm.num_attention_heads)
+    feed_forward = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+    shapes = {
+        "vision": {"qkv": (e, 3 * e), "proj": (e, e), "fc1": (e, ef), "fc2": (ef, e)},
+        "projector": {"fc1": (4 * e, f), "fc2": (f, d), "fc": (4 * e, d)},
+        "cross_attention": feed_forward,
+        "language_model": {"q_proj": (d, d), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (d, d)} | feed_forward,
+    }
+    if model.architecture != "nvlm_d":
+        heads, groups = model.cross_attention_heads
+        kv = groups * (d // heads)
+        shapes["cross_attention"] = {
+            "q_proj": (d, d),
+            "k_proj": (d, kv),
+            "v_proj": (d, kv),
+            "o_proj": (d, d),
+        } | feed_forward
+    return {m: {t: shapes[m][t] for t in lora_targets(model, m)} for m in modules_of(model)}
+
+
+def num_layers(model: Model) -> dict[str, int]:
+    """How often `linear_shapes` of a module are there."""
+    return {
+        "vision": model.vision.num_hidden_layers,
+        "projector": 1,
+        "cross_attention": len(model.cross_attention_layers),
+        "language_model": model.language_model.num_hidden_layers,
+    }
+
+
+def adapter_parameters(model: Model, module: str, options: Lora) -> int:
+    """Parameters of a module's LoRA adapters: rank x (inputs + outputs) of each target."""
+    shapes = linear_shapes(model)[module]
+    widths = sum(sum(shapes[target]) for target in options.targets or shapes)
+    return num_layers(model)[module] * options.rank * widths
+
+
+def trainable_parameters(model: Model, train: Train) -> dict[str, int]:
+    """Parameters that the optimizer steps, by module: all of a `full` one, the adapters of a `lora` one, else 0."""
+    counts = count_parameters(model)
+    adapters = {m: adapter_parameters(model, m, getattr(train.lora, m)) for m in counts if train.modes[m] == "lora"}
+    return {m: adapters.get(m, counts[m] if train.modes[m] == "full" else 0) for m in counts}
+
+
 @dataclass(frozen=True)
 class Flops:
     """Operations of one training step's parts. `useful` counts each once; `executed` adds what is recomputed.
 
-    A part costs its forward once, once more where its inputs need a gradient, once more where its weights do.
+    A part costs its forward once, once more where its inputs need a gradient, once more where its weights do. LoRA's
+    adapters cost the same three of their own; the weights beside them need no gradient.
 
     tile_forward: the tower on one tile.
     useful_per_token: decoder and head on one token of a sample of `sample_tokens` tokens, forward and backward.
@@ -125,18 +174,21 @@ class Flops:
         )
 
 
-def count_flops(model: Model, train: Train, sample_tokens: int, recompute: bool) -> Flops:
+def count_flops(model: Model, train: Train, sample_tokens: int, recompute: str) -> Flops:
     """Operations per token and tile for a recipe's model, frozen modules and activation recompute.
 
     sample_tokens: length of a sample, because attention grows with it; causal attention looks at half of it on average.
     Every token of a sample is taken to read all of its tiles by cross-attention (nvlm_h: as if none were a thumbnail).
+    recompute: the recipe's activation_checkpointing. What `selective` computes again is no product, so it counts as
+    nothing here.
     """
-    trained = {module: getattr(train, module) == "full" for module in modules_of(model)}
-    tower_passes = _passes(trained["vision"], upstream=False)
-    projector_passes = _passes(trained["projector"], upstream=trained["vision"])
+    modes = {module: train.modes[module] for module in modules_of(model)}
+    trained = {module: mode != "frozen" for module, mode in modes.items()}
+    tower_passes = _passes(modes["vision"], upstream=False)
+    projector_passes = _passes(modes["projector"], upstream=trained["vision"])
     images = trained["vision"] or trained["projector"]
-    crossing = trained.get("cross_attention", False)
-    decoder_passes = _passes(trained["language_model"], upstream=images or crossing)
+    crossing = modes.get("cross_attention", "frozen")
+    decoder_passes = _passes(modes["language_model"], upstream=images or crossing != "frozen")
 
     tower = vision_forward_flops(model.vision)
     lm, image_tokens = model.language_model, image_tokens_per_tile(model.vision)
@@ -150,32 +202,42 @@ def count_flops(model: Model, train: Train, sample_tokens: int, recompute: bool)
     # attention itself has no weights: its backward is two products for each one of the forward, whatever is frozen
     per_token = body * decoder_passes + attention * (3 if decoder_passes > 1 else 1) + head * decoder_passes
     per_tile = tower * tower_passes + projector * projector_passes
-    again, again_per_tile = body + attention, 0.0
+    beside = {  # forward of the adapters: two operations a parameter and row
+        module: 2.0 * adapter_parameters(model, module, getattr(train.lora, module)) if mode == "lora" else 0.0
+        for module, mode in modes.items()
+    }
+    tower_again = beside["vision"] * (patches_per_tile(model.vision) + 1)
+    per_token += 3 * beside["language_model"]
+    per_tile += 3 * (tower_again + beside["projector"] * image_tokens)
+    again, again_per_tile = body + attention + beside["language_model"], 0.0
     if model.architecture != "nvlm_d":
         layers = len(model.cross_attention_layers)
         of_token, of_row = (2.0 * layers * weights for weights in cross_attention_weights(model))
         reading = 4.0 * layers * image_tokens * sample_tokens * lm.hidden_size  # QK' and PV of a tile
         per_token += of_token * _passes(crossing, upstream=images or trained["language_model"])
+        per_token += 3 * beside["cross_attention"]  # as if k and v met tokens too, not the rows of the memory
         per_tile += of_row * image_tokens * _passes(crossing, upstream=images)
         per_tile += reading * (3 if decoder_passes > 1 else 1)
         again, again_per_tile = again + of_token, of_row * image_tokens + reading
-    recomputed = recompute and decoder_passes > 1
+    recomputed = recompute == "full" and decoder_passes > 1
+    tower_again = (tower + tower_again) * (recompute == "full" and trained["vision"])
     return Flops(
         sample_tokens,
         tower,
         per_token,
         per_tile,
         per_token + again * recomputed,
-        per_tile + again_per_tile * recomputed,
+        per_tile + again_per_tile * recomputed + tower_again,
     )
 
 
-def _passes(trained: bool, upstream: bool) -> int:
+def _passes(mode: str, upstream: bool) -> int:
     """Matrix products per weight: forward, plus one each for the gradients of inputs and of weights.
 
-    A trained module counts three even where nothing upstream takes its input's gradient (the usual 6 N per token).
+    A trained module counts three even where nothing upstream takes its input's gradient (the usual 6 N per token), and
+    one with adapters two.
     """
-    return 3 if trained else 2 if upstream else 1
+    return 3 if mode == "full" else 2 if upstream or mode == "lora" else 1
 
 
 def vision_forward_flops(vision: Vision) -> float:

@@ -7,7 +7,7 @@ NVLM-H   those of the thumbnail do, and cross-attention reads the other tiles
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class Nvlm(nn.Module):
     tower inside runs `batch.num_tile_chunks` times, and no trained weight is ever left without a gradient.
 
     config: architecture and sizes. with_vision: False leaves the tower out; the caller then brings `features`.
-    activation_checkpointing: "full" recomputes each decoder layer in backward.
+    activation_checkpointing: what is computed again in backward, see `model.recompute`.
     tiles_per_chunk: tiles that go through the tower at once. kernels: "auto", or "torch" for plain PyTorch.
     """
 
@@ -43,7 +43,7 @@ class Nvlm(nn.Module):
         config: schema.Model,
         *,
         with_vision: bool = True,
-        activation_checkpointing: Literal["none", "full"] = "none",
+        activation_checkpointing: str = "none",
         tiles_per_chunk: int = 16,
         kernels: str = "auto",
     ) -> None:
@@ -51,12 +51,12 @@ class Nvlm(nn.Module):
         self.config = config
         self.tiles_per_chunk = tiles_per_chunk
         if with_vision:
-            self.vision_model = InternVit(config.vision)
+            self.vision_model = InternVit(config.vision, activation_checkpointing)
         self.projector = self.projector_type(config)
         if self.reads_tiles:
             self.cross_attention = CrossAttention(config, kernels)
         self.language_model = LanguageModel(
-            config.language_model, activation_checkpointing=activation_checkpointing == "full", kernels=kernels
+            config.language_model, activation_checkpointing=activation_checkpointing, kernels=kernels
         )
 
     def forward(self, batch: Batch, features: Tensor | None = None) -> Tensor:
@@ -94,7 +94,7 @@ class Nvlm(nn.Module):
         if features is None and hasattr(self, "vision_model"):
             # A trained tower makes at least one call, also where no rank has a tile: a trained weight that nothing uses
             # in a step would get the gradient of the step before under ZeRO-3.
-            least = int(next(self.vision_model.parameters()).requires_grad)
+            least = int(any(p.requires_grad for p in self.vision_model.parameters()))
             features = encode_tiles(
                 self.vision_model,
                 batch.tiles,

@@ -19,7 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nvlm_train.errors import CheckpointError
+from nvlm_train.log import get_logger
+from nvlm_train.model import key_map, lora
+from nvlm_train.model.key_map import Part
 from nvlm_train.recipe import schema
+
+log = get_logger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -117,6 +122,16 @@ class _Merged:
     def where(self, name: str) -> str:
         return self._of[name].where(name)
 
+    def part(self, name: str) -> Part | None:
+        return part_of(self._of[name], name)
+
+
+def part_of(weights: Weights, name: str) -> Part | None:
+    """Which part of what stands at `weights.where(name)` a weight is, for a run's record; None: all of it."""
+    part = getattr(weights, "part", None)  # only of weights that cut something off
+    found: Part | None = part(name) if part is not None else None
+    return found
+
 
 def merge(*weights: Weights) -> Weights:
     """One view of all; of a name that several have, the last one wins. Without arguments: no tensors at all."""
@@ -157,17 +172,158 @@ def open_language_model_folder(path: str | Path, lm: schema.LanguageModel) -> We
     config = _read_config(folder)
     problems = _compare(folder, _language_model_checks(config, lm), "model.language_model")
     entries = _read_folder(folder, "language_model.", problems)
-    head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
-    if not problems and lm.tie_word_embeddings and head in entries and embedding in entries:
-        weights = WeightFolder(entries)
-        if not torch.equal(weights.read(head), weights.read(embedding)):
-            problems.append(
-                f"{weights.where(head)}: differs from {entries[embedding].key}, but tie_word_embeddings is true; "
-                "a tied model has one matrix: remove it from the file, or untie in config.json and in the recipe"
-            )
-        del entries[head]
+    _drop_equal_head(entries, lm, problems)
     _raise(problems)
     return WeightFolder(entries)
+
+
+class _Unpadded:
+    """A folder in the published layout without the dummy heads of its tower."""
+
+    def __init__(self, folder: WeightFolder, vision: schema.Vision, num_dummy_heads: int) -> None:
+        self._folder, self._vision, self._num_dummy_heads = folder, vision, num_dummy_heads
+
+    def names(self) -> list[str]:
+        return self._folder.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return key_map.unpadded_shape(name, self._folder.shape(name), self._vision, self._num_dummy_heads)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._folder.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        return key_map.unpad(name, self._folder.read(name), self._vision, self._num_dummy_heads)
+
+    def read_slice(self, name: str, begin: int, end: int) -> Tensor:
+        return self.read(name).reshape(-1)[begin:end]  # padded tensors are small, all others are not copied
+
+    def where(self, name: str) -> str:
+        return self._folder.where(name)
+
+    def part(self, name: str) -> Part | None:
+        return key_map.real_part(name, self._vision, self._num_dummy_heads)
+
+
+def open_model_folder(path: str | Path, model: schema.Model) -> Weights:
+    """A folder with a whole model: the published NVLM-D-72B, or an export of ours of the recipe's architecture.
+
+    The tower's dummy heads are cut off, after it was looked at that they add nothing. What the published config.json
+    says wrongly is ignored by name: `model_type` of the decoder (its `architectures` tells what it is) and a
+    `rope_scaling` of type dynamic, which the transformers version it was made with does not obey.
+    Raises CheckpointError as `open_vision_folder` does.
+    """
+    folder = Path(path).expanduser()
+    config = _read_config(folder)
+    name = {"nvlm_d": "NVLM_D", "nvlm_x": "NVLM_X", "nvlm_h": "NVLM_H"}[model.architecture]
+    checks = [
+        _Check("architectures", config.get("architectures", _MISSING), [name]),
+        _Check("force_image_size", config.get("force_image_size", _MISSING), model.vision.image_size),
+        _Check("downsample_ratio", config.get("downsample_ratio", _MISSING), 0.5),
+        _Check("ps_version", config.get("ps_version", _MISSING), "v2"),
+        _Check("select_layer", config.get("select_layer", _MISSING), -1),
+    ]
+    problems = _compare(folder, checks, "model")
+    if problems and problems[0].split(": ")[1].startswith("architectures"):
+        problems[0] += (
+            f" for model.architecture {model.architecture!r}; init_from.model takes the published NVLM-D or an export "
+            "of ours, single parts are named by init_from.vision and init_from.language_model"
+        )
+        _raise(problems[:1])
+    checks = [  # absent in the published config, which has torch's default
+        _Check(
+            "projector_layer_norm_eps", config.get("projector_layer_norm_eps", 1e-5), model.projector.layer_norm_eps,
+            "layer_norm_eps",
+        )
+    ]  # fmt: skip
+    problems += _compare(folder, checks, "model.projector")
+    vision, decoder = _part(config, "vision_config"), _part(config, "llm_config")
+    kind = {"Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}.get(
+        str((decoder.get("architectures") or [""])[0])
+    )
+    if kind is not None and decoder.get("model_type") != kind:
+        log.info(
+            "%s: llm_config.model_type %r is ignored, architectures tells what it is", folder, decoder["model_type"]
+        )
+        decoder["model_type"] = kind
+    if (decoder.get("rope_scaling") or {}).get("type") == "dynamic":
+        log.info("%s: llm_config.rope_scaling %s is ignored, as in training", folder, decoder.pop("rope_scaling"))
+    problems += _compare(folder, _vision_checks(vision, model.vision), "model.vision", "vision_config.")
+    problems += _compare(
+        folder, _language_model_checks(decoder, model.language_model), "model.language_model", "llm_config."
+    )
+    stored = _read_folder(folder, "", problems)
+    entries = {}
+    for key, entry in stored.items():
+        try:
+            entries[key_map.from_published(key, model.architecture)] = entry
+        except CheckpointError as error:
+            problems.append(f"{entry.file}: {error}")
+    _drop_equal_head(entries, model.language_model, problems)
+    num_dummy_heads = _count_dummy_heads(entries, model.vision, problems)
+    _raise(problems)
+    weights = WeightFolder(entries)
+    if num_dummy_heads:
+        _check_dummy_heads(weights, model.vision, num_dummy_heads, folder)
+    return _Unpadded(weights, model.vision, num_dummy_heads)
+
+
+def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
+    part = config.get(name)
+    return dict(part) if isinstance(part, dict) else {}
+
+
+def _count_dummy_heads(entries: Mapping[str, _Entry], vision: schema.Vision, problems: list[str]) -> int:
+    """How many heads stand behind the real ones in the tower's first layer; `account` compares the others with it."""
+    qkv = entries.get("vision_model.encoder.layers.0.attn.qkv.weight")
+    width, head_size = vision.hidden_size, vision.hidden_size // vision.num_attention_heads
+    if qkv is None or not qkv.shape:
+        return 0
+    extra = qkv.shape[0] // 3 - width
+    if qkv.shape[0] % 3 or extra < 0 or extra % head_size:
+        problems.append(
+            f"{qkv.file}:{qkv.key}: {qkv.shape[0]} rows are not three times {width} channels of "
+            f"{vision.num_attention_heads} real heads, with or without dummy heads of {head_size} channels behind them"
+        )
+        return 0
+    return extra // head_size
+
+
+def _check_dummy_heads(weights: WeightFolder, vision: schema.Vision, num_dummy_heads: int, folder: Path) -> None:
+    problems = []
+    for n in range(vision.num_hidden_layers):
+        layer = f"vision_model.encoder.layers.{n}.attn"
+        names = (f"{layer}.qkv.weight", f"{layer}.proj.weight")
+        if not set(names) <= set(weights.names()):
+            continue  # `account` names what is missing
+        shapes = [weights.shape(name) for name in names]
+        wide = key_map.padded_width(vision, num_dummy_heads)
+        if shapes != [(3 * wide, vision.hidden_size), (vision.hidden_size, wide)]:
+            continue  # `account` names it
+        try:
+            qkv, proj = map(weights.read, names)  # mapped: only the pages of dummy heads are read
+            key_map.check_dummy_heads(weights.where(names[0]), qkv, proj, vision)
+        except CheckpointError as error:
+            problems.append(str(error))
+    _raise(problems)
+    log.info(
+        "%s: the tower is stored with %d dummy heads behind its %d real ones; they add nothing and are cut off",
+        folder, num_dummy_heads, vision.num_attention_heads,
+    )  # fmt: skip
+
+
+def _drop_equal_head(entries: dict[str, _Entry], lm: schema.LanguageModel, problems: list[str]) -> None:
+    """A tied model may bring its head as well: it must equal the embedding, and is left out."""
+    head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    if problems or not lm.tie_word_embeddings or head not in entries or embedding not in entries:
+        return
+    weights = WeightFolder(entries)
+    if not torch.equal(weights.read(head), weights.read(embedding)):
+        problems.append(
+            f"{weights.where(head)}: differs from {entries[embedding].key}, but tie_word_embeddings is true; "
+            "a tied model has one matrix: remove it from the file, or untie in config.json and in the recipe"
+        )
+    del entries[head]
 
 
 def _raise(problems: list[str]) -> None:
@@ -285,8 +441,8 @@ class _Check:
     recipe_key: str | None = None
 
 
-def _compare(folder: Path, checks: Sequence[_Check], section: str) -> list[str]:
-    """One line for each key of config.json that does not say what it must."""
+def _compare(folder: Path, checks: Sequence[_Check], section: str, below: str = "") -> list[str]:
+    """One line for each key of config.json that does not say what it must. below: where in it the keys stand."""
     problems = []
     for check in checks:
         if _equal(check.value, check.wanted):
@@ -294,7 +450,7 @@ def _compare(folder: Path, checks: Sequence[_Check], section: str) -> list[str]:
         says = "is missing" if check.value is _MISSING else f"is {check.value!r}"
         by_recipe = f"the recipe's {section}.{check.recipe_key} is {check.wanted!r}"
         needs = by_recipe if check.recipe_key else f"the architecture needs {check.wanted!r}"
-        problems.append(f"{folder / 'config.json'}: {check.key} {says}, but {needs}")
+        problems.append(f"{folder / 'config.json'}: {below}{check.key} {says}, but {needs}")
     return problems
 
 
@@ -424,9 +580,9 @@ def account(
 def initial_value(name: str, shape: Sequence[int], seed: int, config: schema.Model) -> Tensor:
     """The value a new parameter starts from: a function of seed and name alone, whatever rank or order asks.
 
-    Norm weights 1, biases 0, LayerScale 0.1, gates as the recipe says, the weights of projector and cross-attention
-    normal with the recipe's initializer_std of each, all other weights normal with 0.02 (transformers' and InternViT's
-    default). Returns fp32[shape] on the CPU.
+    Norm weights 1, biases 0, LayerScale 0.1, gates as the recipe says, LoRA's as peft does, the weights of projector
+    and cross-attention normal with the recipe's initializer_std of each, all other weights normal with 0.02
+    (transformers' and InternViT's default). Returns fp32[shape] on the CPU.
     """
     owner, _, leaf = name.rpartition(".")
     if leaf == "bias":
@@ -439,6 +595,8 @@ def initial_value(name: str, shape: Sequence[int], seed: int, config: schema.Mod
         return torch.ones(*shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    if lora.is_adapter(name):
+        return lora.initial_adapter(name, tuple(shape), generator)
     stds = {"projector": config.projector.initializer_std, "cross_attention": config.cross_attention.initializer_std}
     std = stds.get(name.split(".", 1)[0], 0.02)
     return torch.empty(*shape).normal_(0.0, std, generator=generator)
@@ -464,6 +622,7 @@ def fill(
     for name, parameter in model.named_parameters():
         if name in skip:
             continue
+        name = lora.base_name(name)
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty parameter behind
         if name in there and tuple(weights.shape(name)) != shape:
             raise CheckpointError(

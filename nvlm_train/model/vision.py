@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvlm_train.model.attention import RMSNorm
+from nvlm_train.model.recompute import Recompute
 from nvlm_train.recipe import schema
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB
@@ -95,25 +96,26 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """The layers, one after the other."""
 
-    def __init__(self, config: schema.Vision) -> None:
+    def __init__(self, config: schema.Vision, activation_checkpointing: str) -> None:
         super().__init__()
+        self.recompute = Recompute(activation_checkpointing)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, 1+P, E] -> [T, 1+P, E]."""
         for layer in self.layers:
-            x = layer(x)
+            x = self.recompute(layer, x)
         return x
 
 
 class InternVit(nn.Module):
     """The tower. Give it to `encode_tiles`."""
 
-    def __init__(self, config: schema.Vision) -> None:
+    def __init__(self, config: schema.Vision, activation_checkpointing: str = "none") -> None:
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, activation_checkpointing)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: [T, 3, px, px] normalised, in the weights' type -> [T, 1+P, E], class token first."""

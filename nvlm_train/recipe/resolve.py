@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,11 +14,12 @@ from typing import Any, NamedTuple
 from nvlm_train.engine.deepspeed_config import deepspeed_config, installed_deepspeed, unsupported
 from nvlm_train.engine.memory import predict_memory
 from nvlm_train.errors import RecipeError
-from nvlm_train.model.flops import Flops, count_flops, count_parameters
+from nvlm_train.model.flops import Flops, count_flops, count_parameters, trainable_parameters
 from nvlm_train.recipe.load import LoadedRecipe, find_key, flatten
-from nvlm_train.recipe.schema import REQUIRED, RUN_LENGTHS, Recipe, Section, all_keys
+from nvlm_train.recipe.schema import HUB_PREFIX, REQUIRED, RUN_LENGTHS, Recipe, Section, all_keys
 from nvlm_train.recipe.yaml import describe
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 NULL_SHARE_WARNING = 0.05  # of the slots of a step that may hold null packs without a warning
 
 
@@ -53,7 +55,7 @@ class Resolved:
     num_steps: optimizer steps of the run; None where they are known after indexing only.
     warmup_steps, decay_steps: of the schedule; None where they depend on num_steps and that is not known.
     module_lr: peak learning rate of each trained module.
-    parameters: {"total" | "trainable": {module: count}}.
+    parameters: {"total" | "trainable": {module: count}}; adapters of LoRA are in trainable alone.
     memory: predicted bytes per rank by kind (`engine.memory.KINDS`), `total` and `host`.
     warnings: what is legal but probably not meant.
     """
@@ -91,7 +93,8 @@ def resolve(recipe: Recipe, world_size: int, num_steps: int | None = None) -> Re
         )
     num_steps = num_steps if num_steps is not None else known_steps(recipe)
     counts = count_parameters(recipe.model)
-    trained = [module for module in counts if getattr(recipe.train, module) == "full"]
+    trainable = trainable_parameters(recipe.model, recipe.train)
+    trained = [module for module in counts if recipe.train.modes[module] != "frozen"]
     return Resolved(
         recipe=recipe,
         world_size=world_size,
@@ -103,13 +106,13 @@ def resolve(recipe: Recipe, world_size: int, num_steps: int | None = None) -> Re
         batch=batch,
         parameters={
             "total": counts,
-            "trainable": {module: counts[module] if module in trained else 0 for module in counts},
+            "trainable": trainable,
         },
         flops=count_flops(
-            recipe.model, recipe.train, recipe.data.max_tokens_per_sample, recipe.activation_checkpointing == "full"
+            recipe.model, recipe.train, recipe.data.max_tokens_per_sample, recipe.activation_checkpointing
         ),
         deepspeed=deepspeed_config(recipe),
-        memory=predict_memory(recipe, world_size, counts),
+        memory=predict_memory(recipe, world_size, counts, trainable),
         warnings=_warnings(recipe, batch, num_steps),
     )
 
@@ -188,6 +191,13 @@ def _warnings(recipe: Recipe, batch: BatchArithmetic, num_steps: int | None) -> 
             f"when all samples are of full length ({batch.max_packs} packs in {batch.max_micro_steps} micro-steps of "
             f"{batch.slots_per_micro_step}); {' or '.join(legal)} samples would fill them"
         )
+    for name, path in hub_paths(recipe).items():
+        revision = path.partition("@")[2]
+        if not COMMIT.fullmatch(revision):
+            warnings.append(
+                f"{name}: {path} names no commit; `nvlm-train fetch` finds the commit of {revision!r}, and the run's "
+                "hash has that one in place of this name"
+            )
     hpz = recipe.zero.experimental.hpz_partition_size
     if hpz > 1:
         warnings.append(
@@ -252,9 +262,19 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="python")
 
 
+def hub_paths(recipe: Recipe) -> dict[str, str]:
+    """The keys that name a folder of the Hub: {"init_from.vision.path": "hf://organisation/name@revision"}."""
+    values = flatten({"init_from": recipe.init_from.model_dump(), "tokenizer": recipe.tokenizer.model_dump()})
+    return {
+        name: value for name, value in values.items() if name.endswith(".path") and str(value).startswith(HUB_PREFIX)
+    }
+
+
 def recipe_hash(recipe: Recipe) -> str:
-    """16 hex digits over every key that is not `free`; sections left out count as their defaults."""
+    """16 hex digits over every key that is not `free`, and every revision of the Hub; sections left out count as their
+    defaults."""
     kept = {name: value for name, value in _effective(recipe_to_dict(recipe)).items() if resume_of(name) != "free"}
+    kept |= hub_paths(recipe)
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -11,6 +11,8 @@ Imports neither torch nor deepspeed, so that checking a recipe takes under a sec
 
 from __future__ import annotations
 
+import difflib
+import re
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
@@ -353,14 +355,39 @@ class Model(Section):
         return self
 
 
+HUB_PREFIX = "hf://"
+HUB_PATH = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+
+
+def _check_hub_path(path: str) -> None:
+    """Misfit for an `hf://` path that is not a repository with a revision."""
+    if path.startswith(HUB_PREFIX) and not HUB_PATH.fullmatch(path):
+        missing = "has no revision" if "@" not in path else "is not a repository of the Hub"
+        raise Misfit([("path", f"{missing}; write hf://organisation/name@revision (a commit, a tag, or @main)")])
+
+
 class Weights(Section):
     """A folder of weights and where it comes from."""
 
     shorthand = "path"
 
-    path: str = key(doc="Folder in the published format of this part, or a run directory.", resume="free", path=True)
+    path: str = key(
+        doc="Folder in the published format of this part, or a run directory; or hf://organisation/name@revision, "
+        "which `nvlm-train fetch` downloads.",
+        resume="free",
+        path=True,
+    )
     license: str | None = key(None, doc="SPDX identifier or licence name; travels with every export.", resume="free")
-    source: str | None = key(None, doc="Where the weights come from, for example a model's page.", resume="free")
+    source: str | None = key(
+        None,
+        doc="Where the weights come from, for example a model's page; default: the repository of an hf:// path.",
+        resume="free",
+    )
+
+    @model_validator(mode="after")
+    def _path_is_good(self) -> Weights:
+        _check_hub_path(self.path)
+        return self
 
 
 def _path_alone(value: Any) -> Any:
@@ -373,6 +400,11 @@ WeightsOrPath = Annotated[Weights, BeforeValidator(_path_alone)]
 class InitFrom(Section):
     """Where a new run's weights come from. What nothing covers is initialised from the seed and listed."""
 
+    model: WeightsOrPath | None = key(
+        None,
+        doc="Folder of a whole model: the published NVLM-D-72B, or an export of ours, of the recipe's architecture.",
+        resume="free",
+    )
     vision: WeightsOrPath | None = key(None, doc="InternViT folder (config.json and safetensors).", resume="free")
     language_model: WeightsOrPath | None = key(
         None, doc="Qwen2 or Llama folder (config.json and safetensors).", resume="free"
@@ -382,6 +414,33 @@ class InitFrom(Section):
         doc="Run directory or RUN/step_N of ours: its trained modules replace those of the folders above.",
         resume="free",
     )
+    adapters: Literal["merge", "continue"] = key(
+        "merge",
+        doc="What becomes of the LoRA adapters of `run`. merge: they go into its weights. continue: they stay adapters "
+        "and are trained on, where `train` asks for the same rank, alpha and targets.",
+    )
+
+    @model_validator(mode="after")
+    def _adapters_come_from_a_run(self) -> InitFrom:
+        if self.adapters == "continue" and self.run is None:
+            raise Misfit([("adapters", "has no effect without init_from.run; name the run whose adapters are meant")])
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> InitFrom:
+        beside = [name for name in ("vision", "language_model") if getattr(self, name) is not None]
+        if self.model is not None and beside:
+            raise Misfit(
+                [
+                    (
+                        name,
+                        "stands beside init_from.model, which brings this part already; remove one of the two "
+                        f"(`{name}: null` takes back what a parent recipe says)",
+                    )
+                    for name in beside
+                ]
+            )
+        return self
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -391,7 +450,8 @@ class Tokenizer(Section):
     """Tokenizer and chat format."""
 
     path: str = key(
-        doc="Folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json.",
+        doc="Folder with tokenizer.json, or with vocab.json, merges.txt and tokenizer_config.json; or "
+        "hf://organisation/name@revision.",
         path=True,
         resume="free",
     )
@@ -407,6 +467,11 @@ class Tokenizer(Section):
         doc="System text put before a sample that brings none. The released SFT has: Answer the questions.",
         resume="ask",
     )
+
+    @model_validator(mode="after")
+    def _path_is_good(self) -> Tokenizer:
+        _check_hub_path(self.path)
+        return self
 
 
 class Tiling(Section):
@@ -517,6 +582,14 @@ class Source(Section):
         "does.",
         resume="ask",
     )
+    shuffle: Literal["auto", "rows", "shard_groups"] = key(
+        "auto",
+        doc="rows: an epoch mixes all samples. shard_groups: it mixes those of shards_per_group shards (files; of "
+        "parquet, row groups), then of the next, in an order drawn anew for each epoch, so that few shards are read at "
+        "a time. auto: shard_groups behind a URL, else rows. The same for a source of no more shards than a group has.",
+        resume="ask",
+    )
+    shards_per_group: int = key(16, doc="Shards mixed with each other by shard_groups.", ge=1, resume="ask")
     weight: Number = key(
         1.0, doc="Share of samples (or of tokens: data.weight_unit), relative to the other sources.", gt=0, resume="ask"
     )
@@ -529,6 +602,15 @@ class Source(Section):
     )
     license: str | None = key(None, doc="Licence of the data; travels with every export.", resume="free")
     source: str | None = key(None, doc="Where the data comes from.", resume="free")
+
+
+class RemoteCache(Section):
+    """Ranges of remote files kept on a disk of this machine, in blocks of 1 MiB."""
+
+    path: str = key(
+        doc="Folder on a local disk; the ranks of a machine, and runs, may share it.", path=True, resume="free"
+    )
+    max_gib: Number = key(doc="Above this size the blocks used longest ago are removed.", gt=0, resume="free")
 
 
 class Data(Section):
@@ -594,7 +676,12 @@ class Data(Section):
         le=1,
         resume="free",
     )
-    num_threads: int = key(2, doc="Threads per rank that decode images and build packs.", ge=1, resume="free")
+    num_threads: int = key(
+        2,
+        doc="Threads per rank that decode images and build packs. 0: none, training waits for each sample.",
+        ge=0,
+        resume="free",
+    )
     prefetch_steps: int = key(2, doc="Whole steps prepared ahead of the one in training.", ge=1, resume="free")
     prefetch_bytes: int = key(
         4 << 30,
@@ -611,6 +698,12 @@ class Data(Section):
     )
     slow_read_s: Number = key(
         30.0, doc="A file read that takes longer is named in the log, with the seconds so far.", gt=0, resume="free"
+    )
+    remote_cache: RemoteCache | None = key(
+        None,
+        doc="Where samples behind URLs are kept once read, a block of 1 MiB around each; default: nowhere, a sample is "
+        "one request of its own bytes.",
+        resume="free",
     )
     index_workers: int = key(
         0,
@@ -655,16 +748,122 @@ class Data(Section):
 
 # ---------------------------------------------------------------------------------------------------------- training
 
-Mode = Literal["frozen", "full"]
+Mode = Literal["frozen", "full", "lora"]
+
+# What LoRA can be put on: the linear layers of each module, by the last part of their name.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "vision": ("qkv", "proj", "fc1", "fc2"),
+    "projector": ("fc1", "fc2", "fc"),
+    "cross_attention": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+_NO_LORA = {
+    "lm_head": "the output matrix computes the loss from its own weight, which an adapter beside it would miss",
+    "embed_tokens": "an embedding is a table, not a product",
+    "patch_embedding": "it is a convolution; train.vision: full trains it",
+    "position_embedding": "it is a table; train.vision: full trains it",
+    "class_embedding": "it is a vector; train.vision: full trains it",
+}
+
+
+class Lora(Section):
+    """Adapters beside linear layers whose own weights stay frozen: `y = W x + alpha / rank * B A x`."""
+
+    rank: int = key(16, doc="Rows of A and columns of B.", gt=0)
+    alpha: Number = key(32.0, doc="The adapters' output is scaled by alpha / rank.", gt=0)
+    dropout: Number = key(
+        0.0,
+        doc="Share of the adapters' inputs set to zero in training, drawn anew for each sample and step.",
+        ge=0,
+        lt=1,
+    )
+    targets: list[str] | None = key(
+        None,
+        doc="Linear layers that get adapters, by the last part of their name: "
+        + "; ".join(f"{module}: {', '.join(names)}" for module, names in LORA_TARGETS.items())
+        + ". Default: all that the module has.",
+        min_length=1,
+    )
+
+
+class LoraOptions(Section):
+    """LoRA by module, for those that `train` sets to lora."""
+
+    vision: Lora = key(Lora(), doc="The vision tower's adapters.")
+    projector: Lora = key(Lora(), doc="The projector's adapters.")
+    cross_attention: Lora = key(Lora(), doc="The cross-attention layers' adapters.")
+    language_model: Lora = key(Lora(), doc="The decoder's adapters.")
 
 
 class Train(Section):
     """Which modules are trained."""
 
-    vision: Mode = key("frozen", doc="The vision tower; frozen in every stage of the paper.")
-    projector: Mode = key("full", doc="The projector.")
-    cross_attention: Mode = key("full", doc="The cross-attention layers of nvlm_x and nvlm_h.")
-    language_model: Mode = key("full", doc="The decoder; frozen in the paper's pretraining.")
+    vision: Mode = key(
+        "frozen", doc="The vision tower: frozen, as in every stage of the paper; full; or lora, adapters alone."
+    )
+    projector: Mode = key("full", doc="The projector: frozen, full or lora.")
+    cross_attention: Mode = key("full", doc="The cross-attention layers of nvlm_x and nvlm_h: frozen, full or lora.")
+    language_model: Mode = key(
+        "full", doc="The decoder: full; lora, adapters alone; or frozen, as in the paper's pretraining."
+    )
+    lora: LoraOptions = key(LoraOptions(), doc="Rank, alpha, dropout and targets of the modules set to lora.")
+    quantize: Literal["none", "nf4"] = key(
+        "none",
+        doc="nf4: the frozen weights of the decoder's linear layers are kept in 4 bits (QLoRA, bitsandbytes), a "
+        "quarter of bf16; embedding, head, norms, adapters and exports stay as they are.",
+    )
+
+    @property
+    def modes(self) -> dict[str, Mode]:
+        """The mode of each module."""
+        return {module: getattr(self, module) for module in LORA_TARGETS}
+
+    @model_validator(mode="after")
+    def _lora_fits(self) -> Train:
+        problems = []
+        for module, mode in self.modes.items():
+            options: Lora = getattr(self.lora, module)
+            if mode != "lora" and options != Lora():
+                problems.append(
+                    (
+                        f"lora.{module}",
+                        f"has no effect, because train.{module} is {mode}; remove it, or set train.{module}: lora",
+                    )
+                )
+        if self.quantize != "none" and self.language_model == "full":
+            problems.append(
+                (
+                    "quantize",
+                    "keeps frozen weights in 4 bits, but train.language_model is full; set train.language_model: lora, "
+                    "or remove it",
+                )
+            )
+        if problems:
+            raise Misfit(problems)
+        return self
+
+
+def lora_targets(model: Model, module: str) -> tuple[str, ...]:
+    """The linear layers of a module of this model, by the last part of their name."""
+    names = LORA_TARGETS[module]
+    if module == "projector":
+        return ("fc",) if model.architecture == "nvlm_x" else ("fc1", "fc2")
+    if module == "cross_attention" and not model.cross_attention.feed_forward:
+        return names[:4]
+    return names
+
+
+def _no_target(target: str, module: str, targets: tuple[str, ...]) -> str:
+    """Why LoRA cannot be put on a layer of a module, and what it can be put on."""
+    last = target.rsplit(".", 1)[-1]
+    if last in _NO_LORA:
+        why = f"names {last}, which takes no adapter: {_NO_LORA[last]}"
+    elif "norm" in last or last in ("ls1", "ls2"):
+        why = f"names {last}, which takes no adapter: it is a vector"
+    else:
+        near = difflib.get_close_matches(target, targets, n=1, cutoff=0.5)
+        why = f"names {target!r}, which the {module} does not have" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{why}; its linear layers are {', '.join(targets)}"
 
 
 class GlobalBatch(Section):
@@ -881,8 +1080,8 @@ class Debug(Section):
 class Checkpoint(Section):
     """When the run is saved and what is kept."""
 
-    every_steps: int | None = key(
-        500, doc="Steps between checkpoints; null: none by steps. The last step is always saved.", gt=0, resume="free"
+    every_steps: int = key(
+        500, doc="Steps between checkpoints; 0: none by steps. The last step is always saved.", ge=0, resume="free"
     )
     every_minutes: Number | None = key(
         None, doc="Minutes between the beginnings of saves, by rank 0's clock, besides.", gt=0, resume="free"
@@ -924,12 +1123,12 @@ class Checkpoint(Section):
 
     @model_validator(mode="after")
     def _is_saved_at_all(self) -> Checkpoint:
-        if self.every_steps is None and self.every_minutes is None and self.keep_every_steps is None:
+        if not self.every_steps and self.every_minutes is None and self.keep_every_steps is None:
             raise Misfit(
                 [
                     (
                         "every_steps",
-                        "is null and so is every_minutes, so a crash would lose the whole run; give one of them",
+                        "is 0 and every_minutes is not given, so a crash would lose the whole run; give one of them",
                     )
                 ]
             )
@@ -1085,8 +1284,11 @@ class Recipe(Section):
         resume="free",
     )
     precision: Literal["bf16", "fp32"] = key("bf16", doc="Type of weights and activations; master weights are fp32.")
-    activation_checkpointing: Literal["none", "full"] = key(
-        "none", doc="full: recompute each decoder layer in the backward pass.", resume="free"
+    activation_checkpointing: Literal["none", "selective", "full"] = key(
+        "none",
+        doc="What is computed again in the backward pass instead of kept. full: every layer of the decoder and of a "
+        "trained tower. selective: the same layers, but matrix products and attention are kept.",
+        resume="free",
     )
     vision_tiles_per_chunk: int = key(
         16, doc="Tiles that go through the tower at once, so that memory does not grow with tiles.", gt=0, resume="free"
@@ -1133,6 +1335,14 @@ class Recipe(Section):
                     f"is more than model.language_model.max_position_embeddings {longest}; use at most {longest}",
                 )
             )
+        if self.train.quantize != "none" and self.zero.stage == 3:
+            problems.append(
+                (
+                    "zero.stage",
+                    f"shares weights out, but train.quantize is {self.train.quantize}: 4-bit weights are whole on "
+                    "every rank; use zero.stage=2, or train.quantize=none",
+                )
+            )
         problems += self._modules_misfits()
         if self.zero.stage == 0 and self.precision == "bf16":
             problems.append(
@@ -1174,7 +1384,8 @@ class Recipe(Section):
                 problems.append(
                     (
                         f"optimizer.module_lr.{module}",
-                        f"has no effect, because train.{module} is frozen; remove it, or set train.{module}: full",
+                        f"has no effect, because train.{module} is frozen; remove it, or set train.{module}: full "
+                        "or lora",
                     )
                 )
         warmup, end = self.schedule.warmup_steps, self.schedule.decay_steps
@@ -1205,11 +1416,19 @@ class Recipe(Section):
         """What of the architecture does not fit the data or the trained modules."""
         problems = []
         architecture, tiling, cross = self.model.architecture, self.data.tiling, self.model.cross_attention
-        names = [name for name in Train.model_fields if name != "cross_attention" or architecture != "nvlm_d"]
-        if all(getattr(self.train, name) == "frozen" for name in names):
+        names = [name for name in self.train.modes if name != "cross_attention" or architecture != "nvlm_d"]
+        if all(self.train.modes[name] == "frozen" for name in names):
             problems.append(
-                ("train", f"freezes every module, so nothing would be trained; set one of {', '.join(names)} to full")
+                (
+                    "train",
+                    f"freezes every module, so nothing would be trained; set one of {', '.join(names)} to full or lora",
+                )
             )
+        for module in names:
+            fitting = lora_targets(self.model, module)
+            for target in getattr(self.train.lora, module).targets or ():
+                if target not in fitting:
+                    problems.append((f"train.lora.{module}.targets", _no_target(target, module, fitting)))
         if architecture == "nvlm_d":
             for name, given in (
                 ("train.cross_attention", self.train.cross_attention != "full"),

@@ -21,7 +21,7 @@ from nvlm_train.recipe.resolve import (
     resume_of,
     run_length,
 )
-from nvlm_train.recipe.schema import Recipe, Section, all_keys
+from nvlm_train.recipe.schema import Recipe, Section, all_keys, lora_targets
 from nvlm_train.recipe.yaml import describe
 
 
@@ -111,7 +111,8 @@ def explain(resolved: Resolved) -> list[str]:
     lines += ["", f"parameters    {'total':>16}  {'trained':>16}  peak lr"]
     for module in total:
         lr = f"{resolved.module_lr[module]:g}" if module in resolved.module_lr else "frozen"
-        lines.append(f"  {module:<15}{total[module]:>16,}  {trained[module]:>16,}  {lr}")
+        about = "".join(f"  {words}" for words in (adapters(recipe, module), storage(recipe, module)) if words)
+        lines.append(f"  {module:<15}{total[module]:>16,}  {trained[module]:>16,}  {lr}{about}")
     lines.append(f"  {'all':<15}{sum(total.values()):>16,}  {sum(trained.values()):>16,}")
     places = recipe.model.cross_attention_layers
     if places:
@@ -160,6 +161,25 @@ def explain(resolved: Resolved) -> list[str]:
     ]
     lines += [f"warning: {warning}" for warning in resolved.warnings]
     return lines
+
+
+def adapters(recipe: Recipe, module: str) -> str:
+    """A module's LoRA in words, empty where it has none: `lora rank 16, alpha 32 on qkv, proj`."""
+    if recipe.train.modes[module] != "lora":
+        return ""
+    options = getattr(recipe.train.lora, module)
+    drop = f", dropout {options.dropout:g}" if options.dropout else ""
+    names = ", ".join(options.targets or lora_targets(recipe.model, module))
+    return f"lora rank {options.rank}, alpha {options.alpha:g}{drop} on {names}"
+
+
+def storage(recipe: Recipe, module: str) -> str:
+    """How a module's frozen weights are kept, where that is not the run's precision."""
+    return (
+        f"linear layers in {recipe.train.quantize}"
+        if module == "language_model" and recipe.train.quantize != "none"
+        else ""
+    )
 
 
 def _step_unit(resolved: Resolved) -> str:

@@ -13,9 +13,9 @@ import nvlm_train
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.engine.launch import Launch
 from nvlm_train.kernels import select
-from nvlm_train.model.pretrained import Account
 from nvlm_train.recipe.resolve import Resolved
 from nvlm_train.recipe.schema import Recipe
+from nvlm_train.recipe.show import adapters, storage
 from nvlm_train.train.state import Start
 
 _STEPS_LOOKED_AT = 4
@@ -98,7 +98,7 @@ def first_screen(
     resolved: Resolved,
     launch: Launch,
     start: Start,
-    account: Account,
+    weights: list[str],
     device: str,
     attempt: Mapping[str, Any],
     plan: DataPlan,
@@ -106,7 +106,7 @@ def first_screen(
     idle_gpus: int,
     rehearsal: str,
 ) -> str:
-    """The text, one fact a line."""
+    """The text, one fact a line. weights: the lines of `weights.account_table`."""
     counts, trainable = resolved.parameters["total"], resolved.parameters["trainable"]
     batch, memory = resolved.batch, dict(resolved.memory)
     total, host = memory.pop("total"), memory.pop("host")
@@ -118,15 +118,10 @@ def first_screen(
             "  ".join(f"{name} {version}" for name, version in attempt["versions"].items()),
         ],
         "world": f"{launch.verdict}, {device}",
-        "weights": f"{len(account.loaded)} tensors loaded, {len(account.initialised)} initialised from seed "
-        f"{recipe.seed}, {len(account.ignored)} ignored",
+        "weights": weights,
         "parameters": [
             f"{sum(counts.values()):,} in all, {sum(trainable.values()):,} trained",
-            *(
-                f"{module}: {count:,} "
-                + (f"trained, lr {resolved.module_lr[module]:g}" if trainable[module] else "frozen")
-                for module, count in counts.items()
-            ),
+            *(f"{module}: {count:,} {_training(recipe, resolved, module)}" for module, count in counts.items()),
         ],
         "batch": [
             (
@@ -164,6 +159,18 @@ def first_screen(
         first, *rest = [fact] if isinstance(fact, str) else fact
         lines += [f"{name:>10}  {first}", *(f"{'':>10}  {line}" for line in rest)]
     return "\n".join(lines)
+
+
+def _training(recipe: Recipe, resolved: Resolved, module: str) -> str:
+    """`trained, lr 1e-05`, `frozen`, or `frozen, 8,192 in adapters trained, lr 1e-04 (lora rank 16, ...)`."""
+    mode, kept = recipe.train.modes[module], storage(recipe, module)
+    frozen = "frozen" + (f" ({kept})" if kept else "")
+    if mode == "frozen":
+        return frozen
+    rate = f"trained, lr {resolved.module_lr[module]:g}"
+    if mode == "full":
+        return rate
+    return f"{frozen}, {resolved.parameters['trainable'][module]:,} in adapters {rate} ({adapters(recipe, module)})"
 
 
 def _bytes(size: float) -> str:

@@ -8,6 +8,7 @@ import platform
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.engine import dist
 from nvlm_train.engine.launch import Launch, resolve_launch
 from nvlm_train.engine.waiting import CollectiveWait
+from nvlm_train.hub import pin
 from nvlm_train.log import set_up_logging
+from nvlm_train.model.lora import is_trained
 from nvlm_train.recipe.load import LoadedRecipe
 from nvlm_train.recipe.resolve import Resolved, recipe_to_dict, resolve
 from nvlm_train.recipe.schema import Recipe
@@ -32,6 +35,7 @@ from nvlm_train.train.stop import StopRequest
 from nvlm_train.train.stragglers import RankTimes, Stragglers, gather_times, planned_work, summary
 from nvlm_train.train.validation import ValidationResult, validate
 from nvlm_train.train.watch import Watch
+from nvlm_train.train.weights import account_for_weights, account_table, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +47,9 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     Returns the exit code. Raises NvlmError for what the user can put right.
     """
     set_up_logging()
-    recipe = loaded.recipe
     launch = resolve_launch()
+    recipe, revisions = pin(loaded, checkpoint.recorded_revisions(Path(loaded.recipe.output_dir)))
+    loaded = replace(loaded, recipe=recipe)
     resolved = resolve(recipe, launch.world_size)
     run = Path(recipe.output_dir)
     with (
@@ -55,17 +60,23 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
         start = state.find_start(recipe, resume, accept, branch)
         if _is_complete(start, resolved.num_steps):
             return 0
-        _train(loaded, launch, start, accept, stop, watch)
+        _train(loaded, launch, start, accept, stop, watch, revisions)
     return 0
 
 
 def _train(
-    loaded: LoadedRecipe, launch: Launch, start: state.Start, accept: Sequence[str], stop: StopRequest, watch: Watch
+    loaded: LoadedRecipe,
+    launch: Launch,
+    start: state.Start,
+    accept: Sequence[str],
+    stop: StopRequest,
+    watch: Watch,
+    revisions: dict[str, str],
 ) -> None:
-    """Builds everything, then runs the steps."""
+    """Builds everything, then runs the steps. revisions: see `hub.pin`."""
     recipe = loaded.recipe
-    weights = state.open_weights(recipe, start)
-    account = state.account_for_weights(recipe, weights)
+    weights = open_weights(recipe, start.goes_on_from)
+    account = account_for_weights(recipe, weights)
     attempt = announce.provenance(launch)
     watch.mark("opening the data")
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size, skipped=start.skipped)
@@ -79,8 +90,8 @@ def _train(
     try:
         dist.require_same(world, start.step, f"the step to start from in {start.run}", "is it one shared folder?")
         watch.mark("hashing the frozen weights")
-        frozen = {name: weights.where(name) for name in account.loaded if not _is_trained(recipe, name)}
-        state.write_base(start.run, frozen, recipe.checkpoint.base == "copy", world)
+        frozen = [name for name in account.loaded if not _is_trained(recipe, name)]
+        state.write_base(start.run, frozen, weights, recipe.checkpoint.base == "copy", world)
         if start.leaves and start.branch is not None:
             check_base(start.run, start.branch)
         if not start.step:
@@ -94,7 +105,7 @@ def _train(
             if launch.rank == 0:
                 checkpoint.set_leftovers_aside(start.run)
                 state.set_aside(start)
-                state.write_run_files(start, recipe, resolved, attempt)
+                state.write_run_files(start, recipe, resolved, attempt, revisions)
         if _stopped_early(recipe, progress):
             log.info("%s stopped early: validation had not improved at step %d", start.run, progress.step)
             return
@@ -106,7 +117,7 @@ def _train(
                 resolved,
                 launch,
                 start,
-                account,
+                account_table(account, weights),
                 str(world.device),
                 attempt,
                 plan,
@@ -115,6 +126,8 @@ def _train(
                 rehearsal.announced(),
             )
             log.info("%s", "\n" + screen)
+            for warning in resolved.warnings:
+                log.warning("%s", warning)
         with oom.explained(recipe, resolved, built):
             watch.mark("worst case first")
             rehearse(recipe, world, built, plan, rehearsal)
@@ -138,7 +151,7 @@ def _stopped_early(recipe: Recipe, progress: state.Progress) -> bool:
 
 
 def _is_trained(recipe: Recipe, name: str) -> bool:
-    return getattr(recipe.train, state.module_of(name)) == "full"
+    return is_trained(name, recipe.train.modes[state.module_of(name)])
 
 
 def _run(

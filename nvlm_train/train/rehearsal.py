@@ -104,6 +104,8 @@ def rehearse(recipe: Recipe, world: dist.World, built: state.Built, plan: DataPl
         return
     zero.allocate_optimizer_state(built.engine)
     for heavy in rehearsal.heavy:
+        if built.draws is not None:
+            built.draws.start_step(recipe.seed, heavy.step)
         with dist.agreed(world, f"loading the heaviest pack, of step {heavy.step}"):
             builder = Builder(plan, recipe.data.num_threads, augment=False, name="nvlm-rehearsal")
             try:

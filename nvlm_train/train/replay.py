@@ -28,6 +28,7 @@ from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
 from nvlm_train.engine.launch import resolve_launch
 from nvlm_train.errors import DataError, RecipeError
+from nvlm_train.hub import pin
 from nvlm_train.log import get_logger, set_up_logging
 from nvlm_train.recipe.load import LoadedRecipe
 from nvlm_train.recipe.resolve import Resolved, check_resume, resolve
@@ -36,6 +37,7 @@ from nvlm_train.train import state, step
 from nvlm_train.train.branch import recorded_branch
 from nvlm_train.train.loss import tower_features
 from nvlm_train.train.metrics import Clock
+from nvlm_train.train.weights import account_for_weights, open_weights
 
 log = get_logger(__name__)
 
@@ -108,7 +110,8 @@ def run_again(loaded: LoadedRecipe, file: Path, accept: Sequence[str] = ()) -> R
     Raises RecipeError where the recipe is not that of the run, DataError where its data has changed.
     """
     set_up_logging()
-    recipe, run = loaded.recipe, Path(loaded.recipe.output_dir)
+    run = Path(loaded.recipe.output_dir)
+    recipe, _ = pin(loaded, checkpoint.recorded_revisions(run))
     told = checkpoint.read_json(file)
     content = checkpoint.read_json(run / "recipe.json")
     check_resume(content["recipe"], recipe, accept)
@@ -125,8 +128,8 @@ def run_again(loaded: LoadedRecipe, file: Path, accept: Sequence[str] = ()) -> R
     begin = branch.step if leaves and branch is not None else saved
     start = state.Start(run, begin, [], branch=branch, leaves=leaves)
 
-    weights = state.open_weights(recipe, start)
-    state.account_for_weights(recipe, weights)
+    weights = open_weights(recipe, start.goes_on_from)
+    account_for_weights(recipe, weights)
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size, skipped=start.skipped)
     resolved = resolve(recipe, launch.world_size, plan.num_steps)
     state.check_data(start, plan.state(start.step, start.skipped_before), accept)
@@ -188,6 +191,8 @@ def _examine(
     steps_between: int,
 ) -> Replay:
     losses: list[float] = []
+    if built.draws is not None:
+        built.draws.start_step(recipe.seed, data.step)
     batches = [batch.to(world.device) for batch in data.micro_batches]
     features = [
         tower_features(built.tower, b, built.dtype, recipe.vision_tiles_per_chunk, built.cache) for b in batches

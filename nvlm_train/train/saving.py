@@ -169,4 +169,4 @@ class Saver:
 
 
 def _is_multiple(step: int, of: int | None) -> bool:
-    return of is not None and step % of == 0
+    return of is not None and of > 0 and step % of == 0

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,12 @@ from nvlm_train.engine import engine as zero
 from nvlm_train.engine.node import ReadOncePerNode
 from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
+from nvlm_train.hub import local_folder
+from nvlm_train.model import lora
+from nvlm_train.model.dropout import Draws
 from nvlm_train.model.nvlm import class_of
-from nvlm_train.model.pretrained import (
-    Account,
-    Weights,
-    account,
-    expected_shapes,
-    fill,
-    merge,
-    open_language_model_folder,
-    open_vision_folder,
-)
+from nvlm_train.model.pretrained import Weights, fill, part_of
+from nvlm_train.model.quantize import hold_in_nf4
 from nvlm_train.model.vision import InternVit
 from nvlm_train.recipe.resolve import Resolved, check_resume, recipe_to_dict
 from nvlm_train.recipe.schema import Recipe
@@ -110,6 +105,11 @@ class Start:
         return self.run / f"step_{self.step}" if self.step else None
 
     @property
+    def goes_on_from(self) -> Path | None:
+        """The checkpoint to go on from, where init_from names what it did when that was saved."""
+        return None if self.new_init_from or self.leaves else self.checkpoint
+
+    @property
     def skipped(self) -> tuple[Stretch, ...]:
         """Data steps that this run never draws."""
         return self.branch.skipped if self.branch is not None else ()
@@ -177,8 +177,13 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str], branch: Branc
     later = [f"step_{n}" for n in steps if n > step]
     if resume == f"step_{step}":
         later = [f"weights_{n}" for n in checkpoint.committed_steps(run, "weights") if n > step] + later
-    moved = content["recipe"].get("init_from") != recipe_to_dict(recipe)["init_from"]
+    moved = _named(content["recipe"].get("init_from") or {}) != _named(recipe_to_dict(recipe)["init_from"])
     return Start(run, step, changes, resume, moved, later, began, leaves)
+
+
+def _named(init_from: Mapping[str, Any]) -> dict[str, Any]:
+    """What init_from names; an older version did not write all of its keys."""
+    return {name: value for name, value in init_from.items() if value is not None}
 
 
 def set_aside(start: Start) -> None:
@@ -197,8 +202,10 @@ def set_aside(start: Start) -> None:
     log.info("set aside %s in %s", ", ".join(start.later), folder)
 
 
-def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance: dict[str, Any]) -> None:
-    """Writes RUN/recipe.json; earlier attempts stay listed in it."""
+def write_run_files(
+    start: Start, recipe: Recipe, resolved: Resolved, provenance: dict[str, Any], revisions: dict[str, str]
+) -> None:
+    """Writes RUN/recipe.json; earlier attempts stay listed in it. revisions: see `hub.pin`."""
     start.run.mkdir(parents=True, exist_ok=True)
     path = start.run / "recipe.json"
     before = checkpoint.read_json(path) if path.exists() else {}
@@ -211,6 +218,7 @@ def write_run_files(start: Start, recipe: Recipe, resolved: Resolved, provenance
         "format": checkpoint.FORMAT,
         "recipe_hash": resolved.recipe_hash,
         "recipe": recipe_to_dict(recipe),
+        "revisions": {**before.get("revisions", {}), **revisions},
         "earlier_run": before.get("earlier_run") if start.step and not start.new_init_from else _earlier_run(recipe),
         "continued_from": start.branch.recorded if start.branch is not None else None,
         "attempts": attempts,
@@ -222,7 +230,7 @@ def _earlier_run(recipe: Recipe) -> dict[str, Any] | None:
     """The run this one starts from, with its recipe and the runs before it: licences travel even if folders move."""
     if recipe.init_from.run is None:
         return None
-    step = checkpoint.find_step(recipe.init_from.run.path)
+    step = checkpoint.find_step(local_folder(recipe.init_from.run.path))
     content = checkpoint.read_json(step.parent / "recipe.json")
     return {
         "path": os.path.abspath(step),
@@ -232,13 +240,15 @@ def _earlier_run(recipe: Recipe) -> dict[str, Any] | None:
     }
 
 
-def write_base(run: Path, frozen: dict[str, str], copy: bool, world: dist.World) -> None:
+def write_base(run: Path, frozen: Sequence[str], weights: Weights, copy: bool, world: dist.World) -> None:
     """Writes or checks RUN/base.json; every rank hashes its share of the files. See `checkpoint.write_base`."""
+    parts = {name: part for name in frozen if (part := part_of(weights, name)) is not None}
     with dist.agreed(world, f"making {run}"):
         run.mkdir(parents=True, exist_ok=True)
     checkpoint.write_base(
         run,
-        frozen,
+        {name: weights.where(name) for name in frozen},
+        parts,
         copy=copy,
         rank=world.rank,
         world_size=world.world_size,
@@ -271,68 +281,12 @@ def check_data(start: Start, data: dict[str, Any], accept: Sequence[str]) -> Non
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-class _Only:
-    """Some names of other weights."""
-
-    def __init__(self, weights: Weights, names: Sequence[str]) -> None:
-        self._weights, self._names = weights, sorted(names)
-
-    def names(self) -> list[str]:
-        return self._names
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._weights, attribute)
-
-
-def open_weights(recipe: Recipe, start: Start | None = None) -> Weights:
-    """What `init_from` names, as one: folders first, an earlier run's trained modules in place of theirs.
-
-    A run that has copies of its frozen weights (`checkpoint.base`) goes on from them, as long as init_from names the
-    same: the folders may be gone.
-    """
-    if start is not None and start.checkpoint is not None and not (start.leaves or start.new_init_from):
-        own = checkpoint.open_checkpoint(start.checkpoint)
-        if own.self_contained:
-            return own
-    parts: list[Weights] = []
-    earlier = None
-    if recipe.init_from.run is not None:
-        earlier = checkpoint.open_checkpoint(recipe.init_from.run.path)
-        parts.append(_Only(earlier, sorted(set(earlier.names()) - earlier.trained)))
-    if recipe.init_from.vision is not None:
-        parts.append(open_vision_folder(recipe.init_from.vision.path, recipe.model.vision))
-    if recipe.init_from.language_model is not None:
-        parts.append(open_language_model_folder(recipe.init_from.language_model.path, recipe.model.language_model))
-    if earlier is not None:
-        parts.append(_Only(earlier, sorted(earlier.trained)))
-    return merge(*parts)
-
-
 def verify_earlier_run(recipe: Recipe, world: dist.World) -> None:
     """Compares the checkpoint that `init_from.run` names with its checksums, each rank its share of the files."""
     if recipe.init_from.run is None:
         return
     with dist.agreed(world, f"reading {recipe.init_from.run.path}"):
-        checkpoint.Checkpoint(recipe.init_from.run.path).verify_checksums(world.rank, world.world_size)
-
-
-def account_for_weights(recipe: Recipe, weights: Weights) -> Account:
-    """Compares what the model needs with what there is; raises CheckpointError listing every difference.
-
-    A module may be new as a whole, but not where it is frozen: it would stay as random as it began.
-    """
-    found = account(
-        expected_shapes(recipe.model), weights, ("projector.", "cross_attention.", "vision_model.", "language_model.")
-    )
-    new = {module_of(name) for name in found.initialised}
-    for module in sorted(new):
-        if getattr(recipe.train, module) == "frozen":
-            key = "run" if module in ("projector", "cross_attention") else module
-            raise CheckpointError(
-                f"train.{module} is 'frozen', but nothing gives it weights, so it would stay random; name them in "
-                f"init_from.{key}, or train it"
-            )
-    return found
+        checkpoint.Checkpoint(local_folder(recipe.init_from.run.path)).verify_checksums(world.rank, world.world_size)
 
 
 # ------------------------------------------------------------------------------------------------------------- engine
@@ -347,6 +301,7 @@ class Built:
     dtype: torch.dtype
     groups: list[dict[str, Any]]
     cache: FeatureCache | None = None
+    draws: Draws | None = None  # what dropout is told at each step; None where there is none
 
 
 def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weights, *, skip_trained: bool) -> Built:
@@ -355,13 +310,15 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     skip_trained: a checkpoint follows that brings all trained weights.
     """
     dtype = DTYPES[recipe.precision]
+    four_bits = recipe.train.quantize == "nf4"
     began = time.monotonic()
     with ReadOncePerNode(weights, world, recipe.distributed.timeout_s) as shared:
         tower = None
         if recipe.tower_is_replicated:
             with dist.agreed(world, "loading the vision tower"):
                 tower = _frozen_tower(recipe, shared, dtype, world.device)
-        with zero.partitioned_at_birth(resolved.deepspeed, world.device, dtype):
+        made = zero.partitioned_at_birth(resolved.deepspeed, world.device, dtype)
+        with torch.device("meta") if four_bits else made:
             model = class_of(recipe.model)(
                 recipe.model,
                 with_vision=tower is None,
@@ -369,9 +326,12 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
                 tiles_per_chunk=recipe.vision_tiles_per_chunk,
                 kernels=recipe.kernels,
             )
+            draws = lora.add_adapters(model, recipe.model, recipe.train)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(getattr(recipe.train, module_of(name)) == "full")
+            parameter.requires_grad_(lora.is_trained(name, recipe.train.modes[module_of(name)]))
         slice_of, write = zero.write_slice(world)
+        if four_bits:
+            write = _first(hold_in_nf4(model, world.device, dtype), write)
         skipped = {name for name, p in model.named_parameters() if p.requires_grad} if skip_trained else set()
         with dist.agreed(world, "loading weights"):
             fill(model, shared, recipe.model, recipe.seed, slice_of, write, skip=skipped)
@@ -383,7 +343,19 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     cache = open_cache(recipe, tower, dtype)
     compare_calls_s = recipe.debug.collectives_timeout_s if recipe.debug.collectives else None
     engine = zero.build(model, optimizer, resolved.deepspeed, world, compare_calls_s)
-    return Built(engine, tower, dtype, groups, cache)
+    return Built(engine, tower, dtype, groups, cache, draws)
+
+
+def _first(
+    quantize: Callable[[torch.nn.Parameter, Tensor], bool], write: Callable[[torch.nn.Parameter, Tensor], None]
+) -> Callable[[torch.nn.Parameter, Tensor], None]:
+    """Writes through `quantize` what it takes, all else through `write`."""
+
+    def both(parameter: torch.nn.Parameter, value: Tensor) -> None:
+        if not quantize(parameter, value):
+            write(parameter, value)
+
+    return both
 
 
 def _frozen_tower(recipe: Recipe, weights: Weights, dtype: torch.dtype, device: torch.device) -> InternVit:
@@ -418,6 +390,7 @@ def describe(built: Built, resolved: Resolved, progress: Progress, data: dict[st
         "data": data,
         "adam_step": progress.adam_step,
         "zero_stage": built.engine.stage,
+        "lora": lora.scales(resolved.recipe.train),
         "groups": [
             {"name": g["name"], "peak_lr": g["peak_lr"], "weight_decay": g["weight_decay"], "names": g["names"]}
             for g in built.groups

@@ -103,6 +103,8 @@ def train(
     """
     losses = []
     clock.start()
+    if built.draws is not None:
+        built.draws.start_step(recipe.seed, data.step)
     for number, host_batch in enumerate(data.micro_batches, start=1):
         mark("forward")
         batch = host_batch.to(world.device)

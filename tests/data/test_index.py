@@ -337,7 +337,7 @@ def test_build_index_of_every_kind(tmp_path: Path, workers: int, monkeypatch: py
     settings = IndexSettings.of(recipe, load_tokenizer(recipe.tokenizer.path))
     assert {name: len(found.rows) for name, found in indexes.items()} == {"jsonl": 12, "hf": 10, "tar": 12, "text": 2}
     assert indexes["tar"].rows["max_tiles"].tolist() == [2] * 12
-    assert indexes["tar"].shards().tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert indexes["tar"].shard_sizes(np.array([0, 1, 3, 9, 11])).tolist() == [3, 2]
     assert indexes["tar"].where(5) == f"{tmp_path / 't' / '1.tar'}, sample 2"
     assert indexes["text"].source.sample(indexes["text"].rows[0]).messages == document("what is")
     for found in indexes.values():
@@ -454,3 +454,30 @@ def test_memory_of_a_build_does_not_grow_with_samples(
         tracemalloc.stop()
     gc.unfreeze()
     assert peaks[2] < 1.5 * peaks[1], peaks
+
+
+def test_numbers_of_rows_are_kept_once_for_all_processes(
+    tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held out by hash, without those of too many tiles; mapped from one file, found anew when that is damaged."""
+    built = build(write_image_rows(tmp_path / "a.jsonl", 60), settings_with(tokenizer))
+    folder = tmp_path / "index" / f"s-{built.key}"
+    monkeypatch.setattr(index, "_PIECE_ROWS", 7)
+    for share, most in ((0.3, None), (0.0, None), (0.3, 5)):
+        alone = index.split_rows(built, share, most, tmp_path / "index")
+        apart = built.rows["hash"] < share * 2**32
+        fits = built.rows["tiles"] <= (most or 99)
+        assert alone[0].tolist() == np.flatnonzero(~apart & fits).tolist()
+        assert alone[1].tolist() == np.flatnonzero(apart & fits).tolist()
+        assert not list(folder.glob("train*"))
+        with monkeypatch.context() as patch:
+            patch.setattr(index, "_SHARED_ROWS", 10)
+            for damage in (False, False, True):
+                if damage:
+                    next(folder.glob("train*")).write_bytes(b"x")
+                shared = index.split_rows(built, share, most, tmp_path / "index")
+                assert [side.tolist() for side in shared] == [side.tolist() for side in alone]
+                assert isinstance(shared[0], np.memmap)
+        for file in [*folder.glob("train*"), *folder.glob("held_out*")]:
+            file.unlink()
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "rows.npy"]

@@ -85,9 +85,9 @@ def segments(batch: Batch) -> dict[SampleRef, tuple[bytes, ...]]:
     return found
 
 
-def global_stream(recipe: Recipe, world_size: int, start: int = 0) -> list[str]:
+def global_stream(recipe: Recipe, world_size: int, start: int = 0, end: int = STEPS) -> list[str]:
     """For every step a digest of what all ranks together train on, contents and packs."""
-    ranks = [steps_of(open_data(recipe, rank=rank, world_size=world_size), start) for rank in range(world_size)]
+    ranks = [steps_of(open_data(recipe, rank=rank, world_size=world_size), start, end) for rank in range(world_size)]
     digests = []
     for datas in zip(*ranks, strict=True):
         assert len({len(data.micro_batches) for data in datas}) == 1  # the same number of micro-steps everywhere
@@ -113,7 +113,7 @@ def reference(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("num_threads", [1, 4])
+@pytest.mark.parametrize("num_threads", [0, 1, 4])
 def test_same_stream_for_ranks_and_threads(
     folder: Path, reference: list[str], world_size: int, num_threads: int
 ) -> None:
@@ -125,6 +125,21 @@ def test_same_stream_for_ranks_and_threads(
 def test_start_at_any_step(folder: Path, reference: list[str], start: int) -> None:
     recipe = recipe_of(folder, data__num_threads=4, data__prefetch_steps=5)
     assert global_stream(recipe, 2, start) == reference[start:]
+
+
+def test_killed_at_random_steps_it_goes_on_with_other_ranks_and_threads(folder: Path, reference: list[str]) -> None:
+    """Two kills at random steps, each time on with other ranks and threads, and what was prepared ahead is lost."""
+    draw = np.random.default_rng(11)
+    for _ in range(2):
+        found: list[str] = []
+        for end in [*sorted(draw.integers(1, STEPS, 2).tolist()), STEPS]:
+            threads, world_size = int(draw.choice([0, 1, 4])), int(draw.integers(1, 5))
+            recipe = recipe_of(folder, data__num_threads=threads, data__prefetch_steps=3)
+            lost = StepLoader(open_data(recipe, rank=0, world_size=world_size), start_step=len(found), end_step=STEPS)
+            next(lost)
+            lost.close()
+            found += global_stream(recipe, world_size, len(found), end)
+        assert found == reference
 
 
 def test_batch_stream_of_a_rank_does_not_depend_on_threads(folder: Path) -> None:
@@ -229,7 +244,9 @@ def spoil(folder: Path, count: int) -> list[str]:
     return names
 
 
-def test_a_bad_image_leaves_a_hole_and_moves_nobody(tmp_path: Path) -> None:
+def test_a_bad_image_leaves_a_hole_and_moves_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Images spoilt after indexing (as between two attempts): the others stay in their packs, steps and places."""
     write_image_rows(tmp_path / "images.jsonl", 40)
     write_text_rows(tmp_path / "text.jsonl", 70)
@@ -238,7 +255,12 @@ def test_a_bad_image_leaves_a_hole_and_moves_nobody(tmp_path: Path) -> None:
     names = spoil(tmp_path, 3)
     plan = open_data(recipe, rank=0, world_size=1)
     assert plan.dropped_at_index == {}
-    after = steps_of(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "_WARNINGS_PER_SOURCE", 2)
+        after = steps_of(plan)
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("dropped ")]
+    assert len(told) == 2 and "only written" not in told[0]
+    assert told[1].endswith(f"; more of source 'images' are only written to {tmp_path / 'run' / 'bad_samples.jsonl'}")
     holes = 0
     for old, new in zip(before, after, strict=True):
         assert len(old.micro_batches) == len(new.micro_batches)
@@ -323,6 +345,23 @@ def test_files_changed_after_indexing_are_bad_samples(tmp_path: Path) -> None:
     data = steps_of(plan, 0, 1)[0]
     assert data.bad == {("s", "changed image"): 1, ("s", "changed file"): 2}  # rows 5 and 15
     assert data.samples == 13
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied"])
+def test_a_source_that_vanishes_in_training_stops_the_run_with_the_cause(tmp_path: Path, how: str) -> None:
+    path = write_text_rows(tmp_path / "a.jsonl", 60)
+    plan = open_data(make_recipe(tmp_path, {"s": {"path": str(path)}}, data__num_threads=1), rank=0, world_size=1)
+    with StepLoader(plan, start_step=0, end_step=8) as steps:
+        assert next(steps).samples == 16
+        if how == "removed":
+            plan.sources["s"].close()  # an open file can still be read after it was removed
+            path.unlink()
+        else:
+            path.write_bytes(b"")
+        with pytest.raises(
+            DataError, match=r"of .* samples seen cannot be used.*a\.jsonl:\d+: .*(read any more|changed)"
+        ):
+            list(steps)
 
 
 # ------------------------------------------------------------------------------------------------------- validation

@@ -80,6 +80,12 @@ def test_index_builds_once_and_says_so(good: str, tmp_path: Path, capsys: pytest
     assert files_below(tmp_path) - before == new
 
 
+@pytest.mark.parametrize("weight", ["0", "-1"])
+def test_weights_are_above_zero(good: str, weight: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "index", good, f"data.mixture.text.weight={weight}")
+    assert code == 2 and f"data.mixture.text.weight: {weight} is out of range; it must be more than 0" in err
+
+
 def test_index_in_processes_gives_the_same_files(good: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, workers in (("one", "1"), ("two", "2")):
         assert run(capsys, "index", good, f"data.index_dir={tmp_path / name}", "--workers", workers)[0] == 0
@@ -411,6 +417,58 @@ def test_preview_of_one_row(good: str, tmp_path: Path, capsys: pytest.CaptureFix
     ):
         code, _, err = run(capsys, "preview", good, *argv)
         assert code == 2 and message in err
+
+
+def test_preview_of_a_line_as_messages_number_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines count what was dropped too; a dropped one says why; in several files one must be named."""
+    rows = [{"messages": turns(f"{k} what", "yes")} for k in range(6)]
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "a.jsonl", [rows[0], "{", *rows[1:]])
+    write_rows(tmp_path / "data" / "b.jsonl", rows[:3])
+    mixture = {"s": {"path": str(tmp_path / "data")}, "one": {"path": str(tmp_path / "data" / "a.jsonl")}}
+    recipe = write_recipe(tmp_path, mixture, data__max_bad_share=1)
+    for argv, where in ((["one", "--line", "4"], "a.jsonl:4"), (["s", "--line", "b.jsonl:3"], "b.jsonl:3")):
+        code, out, _ = run(capsys, "preview", recipe, "--source", *argv, "--json")
+        (sample,) = json.loads(out)["samples"]
+        assert code == 0 and sample["where"].endswith(where)
+    for argv, message in (
+        (["--source", "one", "--line", "2"], "a.jsonl:2 was dropped as not JSON"),
+        (["--source", "s", "--line", "3"], "--line 3: is in several files of source 's'"),
+        (["--source", "one", "--line", "9"], "--line 9: source 'one' has no sample there; it has 7 records"),
+        (["--source", "one", "--line", "x"], "--line x: is not N or FILE:N"),
+        (["--line", "3"], "--line 3: needs --source NAME"),
+    ):
+        code, _, err = run(capsys, "preview", recipe, *argv)
+        assert code == 2 and message in err, err
+
+
+def test_an_output_dir_that_cannot_be_written_is_named_as_such(
+    good: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for key, value in (("output_dir", tmp_path / "file"), ("data.index_dir", tmp_path / "file" / "x")):
+        for verb in ("index", "lint", "stats"):
+            code, _, err = run(capsys, verb, good, f"{key}={value}")
+            assert code == 2 and f"error: {key} {value}: cannot be written" in err
+
+
+def test_large_row_groups_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvlm_train.data.sources import open_source, parquet
+    from nvlm_train.recipe.schema import Source
+    from test_formats import write_parquet
+
+    write_parquet(tmp_path / "a.parquet", [{"question": f"q {k}", "answer": "x" * 50} for k in range(40)], group=20)
+    monkeypatch.setattr(parquet, "_LARGE_GROUP", 100)
+
+    def notes(**given: Any) -> list[str]:
+        source = {"kind": "hf", "path": str(tmp_path / "a.parquet"), **given}
+        return open_source("s", Source.model_validate(source)).notes()
+
+    (note,) = notes()
+    assert note.startswith("reading one sample decodes its whole row group: 20 rows, 0 MiB; write row groups of")
+    assert notes(shuffle="shard_groups") == []
+    monkeypatch.setattr(parquet, "_LARGE_GROUP", 10**6)
+    assert notes() == []
 
 
 def test_page_of_a_step(good: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from nvlm_train.engine.optim import full_shape
 from nvlm_train.recipe.resolve import resolve
 from nvlm_train.recipe.schema import Recipe
 from nvlm_train.train import state
+from nvlm_train.train.weights import account_for_weights, open_weights
 
 SAMPLE_EVERY_S = 0.002
 
@@ -56,8 +57,8 @@ def load(*, rank: int, world_size: int, recipe: dict[str, Any]) -> dict[str, Any
     """`train.state.build` up to the engine, of folders that the recipe names."""
     parsed = Recipe.model_validate(recipe)
     world = dist.start(resolve_launch(), timeout_s=240)
-    weights = state.open_weights(parsed)
-    state.account_for_weights(parsed, weights)
+    weights = open_weights(parsed)
+    account_for_weights(parsed, weights)
     kept, shared_kept = zero.build, state.ReadOncePerNode
     models: list[Any] = []
     readers: list[Any] = []

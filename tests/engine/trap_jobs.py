@@ -114,3 +114,37 @@ def _rates() -> dict[str, Any]:
         "lr_zero_moved": [name for name in moved if name.startswith("projector")],
         "lr_other_moved": [name for name in moved if not name.startswith("projector")],
     }
+
+
+def gathers(*, rank: int, world_size: int, train: dict[str, str]) -> dict[str, float]:
+    """How often ZeRO-3 gathers a weight of the decoder's layers in a step of one micro-step, by kind of recompute."""
+    from deepspeed.runtime.zero import partition_parameters as partition
+
+    original = partition._dist_allgather_fn
+    found = {}
+    for mode in ("none", "selective", "full"):
+        engine, tower, _ = start(stage=3, checkpointing=mode, train=train, prefetch_bucket_size=0)
+        gathered = [0]
+
+        def count(part: torch.Tensor, whole: torch.Tensor, group: Any = None, gathered: Any = gathered) -> Any:
+            gathered[0] += whole.numel()
+            return original(part, whole, group)
+
+        partition._dist_allgather_fn = count
+        try:
+            for seed in (1, 2):  # the first step only traces
+                gathered[0] = 0
+                zero.backward(engine, _forward(engine, tower, seed), 10)
+                counted = gathered[0]
+                zero.step(engine)
+        finally:
+            partition._dist_allgather_fn = original
+        numel = {
+            name: -(-full_shape(p).numel() // world_size) * world_size for name, p in engine.module.named_parameters()
+        }
+        layers = sum(n for name, n in numel.items() if ".layers." in name)
+        # outside of the layers nothing runs again: all twice, a frozen embedding once (it has no backward)
+        embedding = numel["language_model.model.embed_tokens.weight"] * (train["language_model"] == "frozen")
+        found[mode] = (counted - 2 * (sum(numel.values()) - layers) + embedding) / layers
+        found["down_proj"] = sum(n for name, n in numel.items() if ".down_proj." in name) / layers
+    return found

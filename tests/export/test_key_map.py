@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nvlm_train.errors import CheckpointError
-from nvlm_train.export import hf, key_map, verify
+from nvlm_train.export import hf, verify
+from nvlm_train.model import key_map
 from nvlm_train.model.pretrained import expected_shapes
 from nvlm_train.recipe.schema import LANGUAGE_MODEL_PRESETS, VISION_PRESETS, Model
 from tiny_nvlm import make_recipe, random_weights
@@ -48,8 +49,9 @@ def test_72b_has_the_published_names_shapes_and_count() -> None:
     assert sum(size for shard in shards for _, _, size in shard) == 158_759_186_688
     # the list that verify was given independently
     config = {
-        "vision_config": FULL_SIZE.vision.model_dump() | {"num_channels": 3},
-        "llm_config": FULL_SIZE.language_model.model_dump(),
+        "architectures": ["NVLM_D"],
+        "vision_config": FULL_SIZE.vision.model_dump() | {"num_channels": 3, "num_dummy_heads": 7},
+        "llm_config": FULL_SIZE.language_model.model_dump() | {"architectures": ["Qwen2ForCausalLM"]},
     }
     assert shapes == verify.expected_layout(config)
 

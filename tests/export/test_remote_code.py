@@ -16,7 +16,7 @@ from nvlm_train.batch import IGNORE_INDEX
 from nvlm_train.data import chat, tiling
 from nvlm_train.data.tokenizer import load_tokenizer
 from nvlm_train.export import hf, verify
-from nvlm_train.export.key_map import model_from_recipe
+from nvlm_train.model.key_map import model_from_recipe
 from nvlm_train.model.nvlm import NvlmD
 from nvlm_train.model.pretrained import load_into
 from nvlm_train.recipe.schema import Tiling
@@ -78,11 +78,11 @@ def test_prompts_equal_the_training_stream_token_for_token(
 def same_prompts(recipe: dict[str, Any], folder: Path, hf_folder: Path) -> None:
     import transformers
 
-    from nvlm_train.export.remote_code.processing_nvlm_d import NVLM_D_Processor
+    from nvlm_train.export.remote_code.processing_nvlm import NVLM_Processor
 
     settings = hf.processor_config(model_from_recipe(recipe), recipe)
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf_folder)
-    processor = NVLM_D_Processor(tokenizer, settings)
+    processor = NVLM_Processor(tokenizer, settings)
     tiles = Tiling.model_validate(recipe["data"]["tiling"])
     for messages, counts in [
         (CONVERSATION, [3, 1]),
@@ -134,7 +134,7 @@ def test_chat_template_equals_the_training_stream_for_text(
 
 
 def test_tiles_equal_the_training_pipelines_on_many_sizes(processor: Any) -> None:
-    from nvlm_train.export.remote_code import processing_nvlm_d as remote
+    from nvlm_train.export.remote_code import processing_nvlm as remote
 
     sizes = random.Random(0)
     for _ in range(500):
@@ -152,7 +152,7 @@ def test_tiles_equal_the_training_pipelines_on_many_sizes(processor: Any) -> Non
 
 
 def test_tiles_are_shared_over_the_images_of_a_prompt_as_in_training() -> None:
-    from nvlm_train.export.remote_code import processing_nvlm_d as remote
+    from nvlm_train.export.remote_code import processing_nvlm as remote
 
     draw = random.Random(4)
     lowered = 0
@@ -186,7 +186,7 @@ def greedy(
 ) -> list[int]:
     new: list[int] = []
     while len(new) < steps and not (new and new[-1] in stop):
-        batch = verify._as_batch(torch.tensor(ids + new), tiles, image_token)
+        batch = verify.as_batch(verify.Prompt(torch.tensor(ids + new), tiles), model.config, image_token)
         with torch.no_grad():
             new.append(int(model.logits(batch)[0, -1].argmax()))
     return new
@@ -231,7 +231,7 @@ def test_loss_equals_ours(loaded: Any, ours: NvlmD, processor: Any) -> None:
     with torch.no_grad():
         theirs = loaded(**inputs, labels=labels).loss
         tiles = torch.from_numpy(tiling.cut(picture(40, 24, 2), 6, 12, True))
-        batch = verify._as_batch(ids[0], tiles, processor.image_token_id)
+        batch = verify.as_batch(verify.Prompt(ids[0], tiles), ours.config, processor.image_token_id)
         shifted = torch.full_like(labels, IGNORE_INDEX)
         shifted[:, :-1] = labels[:, 1:]
         count = int((shifted != IGNORE_INDEX).sum())
@@ -319,11 +319,12 @@ def test_remote_code_imports_nothing_of_ours_and_nothing_heavy() -> None:
     import ast
 
     allowed = {"__future__", "json", "pathlib", "typing", "numpy", "torch", "PIL", "transformers"}
+    own = {"configuration_nvlm_d", "configuration_nvlm_xh", "modeling_nvlm_d"}
     for name in hf.REMOTE_CODE:
         tree = ast.parse((Path(hf.__file__).with_name("remote_code") / name).read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):
-                assert (node.level == 1 and node.module == "configuration_nvlm_d") or (
+                assert (node.level == 1 and node.module in own) or (
                     node.level == 0 and str(node.module).split(".")[0] in allowed
                 )
             elif isinstance(node, ast.Import):

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nvlm_train.errors import CheckpointError
-from nvlm_train.export import hf, key_map, verify
+from nvlm_train.export import hf, verify
+from nvlm_train.model import key_map
 from tiny_nvlm import MemoryWeights
 
 

@@ -15,6 +15,7 @@ from nvlm_train.model.pretrained import expected_shapes
 from nvlm_train.recipe.schema import Model
 
 VOCAB = 417
+YI_CONTROL = ["<unk>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -103,8 +104,8 @@ def random_weights(recipe: dict[str, Any], seed: int = 0) -> MemoryWeights:
     return MemoryWeights(tensors)
 
 
-def make_tokenizer(folder: Path) -> Path:
-    """A small byte-level BPE with Qwen2's pre-tokenizer and control tokens, as tokenizer.json."""
+def make_tokenizer(folder: Path, control: list[str] = CONTROL) -> Path:
+    """A small byte-level BPE with Qwen2's pre-tokenizer and control tokens (or others), as tokenizer.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -122,7 +123,7 @@ def make_tokenizer(folder: Path) -> Path:
     text = ["<Image><tile_1>", "</Image>\nWhat is the left digit?", "user\nassistant\n"]
     text += ["system\nAnswer the questions.", "<tile_global_thumbnail>", "sum max right rev"]
     tokenizer.train_from_iterator(text * 20, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     assert tokenizer.get_vocab_size() <= VOCAB
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 512}))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from export.tiny_nvlm import MemoryWeights, make_recipe, make_tokenizer, random_weights
 from nvlm_train.data.tokenizer import load_tokenizer
 from nvlm_train.export import hf
-from nvlm_train.export.key_map import model_from_recipe
+from nvlm_train.model.key_map import model_from_recipe
 
 ANSWER = "left digit"
 

@@ -76,7 +76,7 @@ def test_a_step_of_x_costs_less_than_one_of_d():
     useful = {}
     for architecture, tokens in (("nvlm_d", 1024 + 7 * 256), ("nvlm_x", 1024), ("nvlm_h", 1280)):
         sizes = {"vision": "internvit_6b_448px_v1_5", "language_model": "yi_34b", "architecture": architecture}
-        flops = count_flops(Model.model_validate(sizes), Train(), tokens, recompute=True)
+        flops = count_flops(Model.model_validate(sizes), Train(), tokens, recompute="full")
         useful[architecture] = flops.step(tokens, 7)[0]
         assert flops.executed_per_token > flops.useful_per_token
         assert (flops.executed_per_tile > flops.useful_per_tile) == (architecture != "nvlm_d")
@@ -155,20 +155,20 @@ def test_tower_forward_is_11_9_tflop():
     ],
 )
 def test_operations_of_a_step(lm, tokens, tiles, useful, executed):
-    flops = count_flops(model(lm), Train(), 4096, recompute=True)
+    flops = count_flops(model(lm), Train(), 4096, recompute="full")
     found = flops.step(tokens, tiles)
     # worst seen 0.10 %: the roofline's parts are rounded to whole TFLOP
     assert found == pytest.approx((useful * 1e12, executed * 1e12), rel=0.002)
-    assert count_flops(model(lm), Train(), 4096, recompute=False).step(tokens, tiles) == (found[0], found[0])
+    assert count_flops(model(lm), Train(), 4096, recompute="none").step(tokens, tiles) == (found[0], found[0])
 
 
 def test_a_frozen_decoder_needs_no_weight_gradients():
     config = model("qwen2_72b_instruct")
-    full = count_flops(config, Train(), 0, recompute=False)
-    frozen = count_flops(config, Train(language_model="frozen"), 0, recompute=False)
-    nothing_below = count_flops(config, Train(projector="frozen"), 0, recompute=False)
+    full = count_flops(config, Train(), 0, recompute="none")
+    frozen = count_flops(config, Train(language_model="frozen"), 0, recompute="none")
+    nothing_below = count_flops(config, Train(projector="frozen"), 0, recompute="none")
     assert frozen.useful_per_token == pytest.approx(full.useful_per_token * 2 / 3)
     assert nothing_below.useful_per_token == full.useful_per_token  # its own embedding still needs the gradient
     assert frozen.useful_per_tile == full.useful_per_tile  # tower forward, projector three times
-    thawed = count_flops(config, Train(vision="full"), 0, recompute=False)
+    thawed = count_flops(config, Train(vision="full"), 0, recompute="none")
     assert thawed.useful_per_tile - full.useful_per_tile == pytest.approx(2 * full.tile_forward)

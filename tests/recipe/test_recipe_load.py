@@ -114,8 +114,8 @@ BAD_LINES = [
         "    digits: 3",
         [
             "r.yaml:16 data.mixture.digits: 3 is not a section; give one with kind, path, image_root, columns, "
-            "roles, system, train_on, prompt, min_ratings, split, max_samples, max_tiles, max_tiles_shared, weight, "
-            "max_epochs, license, source"
+            "roles, system, train_on, prompt, min_ratings, split, max_samples, max_tiles, max_tiles_shared, shuffle, "
+            "shards_per_group, weight, max_epochs, license, source"
         ],
     ),
     (
@@ -192,8 +192,7 @@ ADDED = [
         "train: {vision: frozen, projector: frozen, language_model: frozen}",
         [
             "r.yaml:24 train: freezes every module, so nothing would be trained; set one of vision, projector, "
-            "language_model to "
-            "full"
+            "language_model to full or lora"
         ],
     ),
     (
@@ -274,7 +273,7 @@ MODEL = [
     (
         "optimizer.module_lr.vision=1",
         "optimizer.module_lr.vision: 1 has no effect, because train.vision is frozen; remove it, "
-        "or set train.vision: full",
+        "or set train.vision: full or lora",
     ),
     (
         "model.vision=internvit_6b",

@@ -21,13 +21,13 @@ from pathlib import Path
 import pytest
 
 from nvlm_train import checkpoint
-from runs import metrics, trajectory, write_inputs
+from runs import trajectory, write_inputs
 from zygote import Job, Zygote
 
 KINDS = ("kill", "kill", "term", "term one", "usr2", "file", "full disk", "freeze")
 DISK_MIB = 48
-# worst seen in 20 interruptions with 1, 2 and 3 ranks (two seeds): see test_twenty_interruptions
-LOSS_TOLERANCE = 2e-5
+# worst measured: 2.2e-7 (20 interruptions with 1, 2 and 3 ranks, NVLM_CHAOS_SEED of 383784826, 2026-11-26)
+LOSS_TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,10 @@ def fill(disk: Path) -> Path | None:
     return ballast
 
 
-def wait_for_step(run: Path, step: int, job: Job) -> None:
+def wait_for_step(step: int, job: Job) -> None:
+    """Waits until this attempt has come so far; metrics.jsonl may still hold more of the one before."""
     until = time.monotonic() + 240
-    while None in job.codes() and time.monotonic() < until:
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            if metrics(run)[-1:] and metrics(run)[-1]["step"] >= step:
-                return
+    while None in job.codes() and time.monotonic() < until and f" step {step}/" not in job.text():
         time.sleep(0.02)
 
 
@@ -95,6 +93,7 @@ def interrupt(kind: str, job: Job, run: Path, disk: Path, rank: int, fault_injec
     elif kind == "usr2":
         job.signal(signal.SIGUSR2)
     elif kind == "file":
+        run.mkdir(exist_ok=True)
         (run / "stop").touch()
     elif kind == "freeze":
         job.signal(signal.SIGSTOP, rank)
@@ -166,7 +165,7 @@ def chaos(
         log = disk.parent / f"log_{number}"
         job = zygote.start([*words, f"output_dir={run}"], ranks=ranks, log=log, samples=samples, fault=fault)
         if step > done:
-            wait_for_step(run, step, job)
+            wait_for_step(step, job)
         time.sleep(dice.random() * 0.3)
         codes = interrupt(kind, job, run, disk, rank, inject)
         saved = checkpoint.committed_steps(run)

@@ -75,7 +75,7 @@ def run(recipe: Path, out: Path, *overrides: str, ranks: int = 2) -> Path:
     return out
 
 
-@pytest.mark.parametrize("loader", ["inprocess", "process"])
+@pytest.mark.parametrize("loader", ["inprocess", pytest.param("process", marks=pytest.mark.slow)])
 def test_losses_are_bit_equal_in_fp32_with_and_without(inputs: Path, tmp_path: Path, loader: str) -> None:
     """A run without, one that fills the cache, one that reads all of it: losses, gradient norms, validation.
 

@@ -72,7 +72,7 @@ def test_killed_at_a_random_point_and_resumed_equals_never_killed(inputs: Path, 
     assert validations(killed) == validations(whole)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR2", marks=pytest.mark.slow)])
 def test_torchrun_passes_signals_on_and_all_ranks_save(inputs: Path, tmp_path: Path, name: str) -> None:
     """The signal goes to torchrun alone, as a batch system sends it. torchrun itself then reports 1, the ranks 0."""
     log, out = tmp_path / "log", tmp_path / "run"
@@ -90,12 +90,14 @@ def test_torchrun_passes_signals_on_and_all_ranks_save(inputs: Path, tmp_path: P
 def test_alone_is_a_world_of_one_and_user_errors_have_no_traceback(inputs: Path, tmp_path: Path) -> None:
     alone = [sys.executable, "-m", "nvlm_train", "train", str(inputs)]
     done = subprocess.run(
-        [*alone, f"output_dir={tmp_path / 'run'}", "max_steps=2", "log.to=[tensorboard, wandb]"],
+        [*alone, f"output_dir={tmp_path / 'run'}", "max_steps=2", "schedule.warmup_steps=3",
+         "log.to=[tensorboard, wandb]"],
         capture_output=True, text=True, timeout=150,
         env={k: v for k, v in os.environ.items() if not k.startswith("WANDB")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "alone: rank 0 of 1" in done.stderr and "from the beginning" in done.stderr
+    assert "the run ends in the warm-up, at step 2" in done.stderr  # what `recipe check` warns of
     assert "wandb is offline" in done.stderr and list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
     done = subprocess.run(
@@ -107,6 +109,7 @@ def test_alone_is_a_world_of_one_and_user_errors_have_no_traceback(inputs: Path,
     assert done.returncode == 2 and "Traceback" not in done.stderr and "nowhere" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_noticed_and_the_run_ends(inputs: Path, tmp_path: Path) -> None:
     """SIGSTOP, as of a frozen host: the other rank waits in a collective, says where and for whom, and the job ends."""
     log, out = tmp_path / "log", tmp_path / "run"

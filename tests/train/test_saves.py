@@ -94,7 +94,7 @@ def test_a_rank_that_hangs_in_its_save_ends_the_run_and_is_named(
 
 
 def test_saves_by_minutes_and_kept_for_good(inputs: Path, whole: Path, tmp_path: Path) -> None:
-    by_minutes = ["checkpoint.every_steps=null", "validation=null"]
+    by_minutes = ["checkpoint.every_steps=0", "validation=null"]
     often, seldom = tmp_path / "often", tmp_path / "seldom"
     kept = ["checkpoint.keep_last=1", "checkpoint.keep_every_steps=3"]
     assert run(inputs, often, *by_minutes, *kept, "checkpoint.every_minutes=0.00001") == (0, "")
@@ -102,7 +102,7 @@ def test_saves_by_minutes_and_kept_for_good(inputs: Path, whole: Path, tmp_path:
     assert run(inputs, seldom, *by_minutes, "checkpoint.every_minutes=1000") == (0, "")
     assert checkpoint.committed_steps(seldom) == [8]
     code, text = run(inputs, tmp_path / "never", *by_minutes)
-    assert code == 2 and "every_steps: is null and so is every_minutes, so a crash would lose the whole run" in text
+    assert code == 2 and "every_steps: is 0 and every_minutes is not given, so a crash would lose the whole run" in text
     assert_same_state(whole, seldom)
 
 

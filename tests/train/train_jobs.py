@@ -58,6 +58,22 @@ def train_with_signal(
         zero.step = original
 
 
+def train_until_killed(
+    *, rank: int, world_size: int, recipe: str, overrides: Sequence[str], on_rank: int, in_step: int
+) -> None:
+    """Trains; one rank is gone in the middle of a step, as if by the kernel. The group of ranks ends with it."""
+    original, seen = zero.step, [0]
+
+    def step(engine: Any) -> float:
+        seen[0] += 1
+        if rank == on_rank and seen[0] == in_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(engine)
+
+    zero.step = step
+    train(rank=rank, world_size=world_size, recipe=recipe, overrides=overrides)
+
+
 def train_with_full_disk(
     *, rank: int, world_size: int, recipe: str, overrides: Sequence[str], on_rank: int, save_number: int
 ) -> tuple[int, str]:

@@ -117,6 +117,17 @@ def _remote_files(pattern: str, suffixes: Sequence[str]) -> list[str]:
     return [pattern]
 
 
+def holds_file(url: str, name: str) -> bool:
+    """Whether a remote folder has something of this name; what cannot be looked at has not."""
+    if any(sign in url for sign in "*[{") or posixpath.splitext(url)[1]:
+        return False
+    try:
+        fs, inner = _filesystem(url)
+        return bool(fs.exists(posixpath.join(inner, name)))
+    except Exception:  # told when the files are listed
+        return False
+
+
 def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
@@ -139,7 +150,7 @@ class ByteFile:
                 self._fs, self._inner = _filesystem(path)
                 info = self._fs.info(self._inner)
                 self.size = int(info["size"])
-                told = [info.get(key) for key in ("ETag", "etag", "mtime", "LastModified", "created")]
+                told = [info.get(key) for key in ("ETag", "etag", "mtime", "LastModified", "Last-Modified", "created")]
                 self.version = str(next((value for value in told if value), ""))
             else:
                 self._fs = None

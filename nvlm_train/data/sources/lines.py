@@ -50,7 +50,7 @@ class BytesSource(Source):
     def read(self, offset: int, num_bytes: int, part: int = 0) -> bytes:
         """The bytes of one record; may be called from any thread. Raises BadSample when the file cannot be read."""
         try:
-            return self.file(part).read(offset, num_bytes)
+            return self.read_range(part, offset, num_bytes)
         except OSError as error:
             raise BadSample("missing file", f"{self.files[part]} cannot be read any more: {error}") from error
 

@@ -8,6 +8,7 @@ locality (`part_of`) or small row groups make that cheap; a folder of `save_to_d
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import threading
@@ -26,6 +27,8 @@ from nvlm_train.recipe import schema
 
 _UNIT_ROWS = 512
 _KEPT_BYTES = 256 << 20  # of decoded row groups, at least one
+_KEPT_OF_GROUPS = 1 << 30  # where the order comes back to them soon
+_LARGE_GROUP = 32 << 20  # decoding more than this for one sample is told
 _BATCH_ROWS = 64
 
 
@@ -86,6 +89,33 @@ _KNOWN = {
 }  # fmt: skip
 
 
+class _Ranges(io.RawIOBase):
+    """A remote part as a file for pyarrow, which seeks and reads a column of a row group at a time."""
+
+    def __init__(self, source: Source, part: int) -> None:
+        super().__init__()
+        self._source, self._part, self._at = source, part, 0
+        self._size = source.file(part).size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._source.read_range(self._part, self._at, self._size - self._at if size < 0 else size)
+        self._at += len(data)
+        return data
+
+
 class ParquetSource(RowsSource):
     """Parquet files."""
 
@@ -101,6 +131,7 @@ class ParquetSource(RowsSource):
         self._first_rows: list[int] = []  # of every row group: its first row in the file
         self._num_rows: list[int] = []
         self._columns: list[str] = []
+        self._num_bytes = 0  # of all row groups, decoded
         problems = []
         for k in range(len(self.files)):
             try:
@@ -126,10 +157,24 @@ class ParquetSource(RowsSource):
         row = 0
         for group in range(reader.metadata.num_row_groups):
             self._first_rows.append(row)
-            self._num_rows.append(reader.metadata.row_group(group).num_rows)
+            found = reader.metadata.row_group(group)
+            self._num_rows.append(found.num_rows)
+            self._num_bytes += found.total_byte_size
             row += self._num_rows[-1]
         self._group_ends.append(len(self._first_rows))
         return []
+
+    def notes(self) -> list[str]:
+        """Whether reading one sample decodes much more than a sample."""
+        groups = max(1, len(self._num_rows))
+        mean = self._num_bytes / groups
+        if mean < _LARGE_GROUP or self.by_groups:
+            return []
+        return [
+            f"reading one sample decodes its whole row group: {sum(self._num_rows) / groups:,.0f} rows, "
+            f"{mean / (1 << 20):,.0f} MiB; write row groups of some ten rows, save the data by save_to_disk, or set "
+            "shuffle: shard_groups with few shards_per_group, so that what was decoded is used again"
+        ]
 
     def _reader(self, k: int) -> Any:
         import pyarrow
@@ -142,9 +187,7 @@ class ParquetSource(RowsSource):
         path = self.files[k]
         try:
             if is_url(path):
-                import fsspec
-
-                found = pyarrow.parquet.ParquetFile(fsspec.open(path, "rb").open())
+                found = pyarrow.parquet.ParquetFile(_Ranges(self, k))
             else:
                 found = pyarrow.parquet.ParquetFile(path, memory_map=False)
         except (OSError, pyarrow.ArrowException, ImportError, ValueError) as error:
@@ -187,7 +230,8 @@ class ParquetSource(RowsSource):
             if table.num_rows != self._num_rows[group]:
                 raise BadSample("changed file", "the row group has changed since the file was opened")
             self._tables[group] = table
-            while len(self._tables) > 1 and sum(held.nbytes for held in self._tables.values()) > _KEPT_BYTES:
+            kept = _KEPT_OF_GROUPS if self.by_groups else _KEPT_BYTES
+            while len(self._tables) > 1 and sum(held.nbytes for held in self._tables.values()) > kept:
                 self._tables.popitem(last=False)
             return table
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_train.data.images import BadSample
+from nvlm_train.data.sources.block_cache import BlockCache
 from nvlm_train.data.sources.files import ByteFile, FilePool, ImageRoot, is_url, list_files, read_url
 from nvlm_train.data.sources.rows import Form, ImageRef, Sample
 from nvlm_train.errors import DataError
@@ -72,6 +73,7 @@ class Source:
 
     suffixes: tuple[str, ...] = ()
     unit = "B"  # of progress
+    remote_cache: BlockCache | None = None  # through which samples are read where the files are remote
     wanted = "`path` names a file or a folder, relative to the current directory, or a URL."
 
     def __init__(self, name: str, settings: schema.Source) -> None:
@@ -89,7 +91,7 @@ class Source:
         self.file(0)  # a file that is missing is told at once
 
     def __reduce__(self) -> Any:  # another process opens the files for itself
-        return type(self), (self.name, self.settings)
+        return type(self), (self.name, self.settings), {"remote_cache": self.remote_cache}
 
     def _list(self) -> list[str]:
         return list_files(self.name, self.settings.path, self.suffixes, self.wanted)
@@ -114,6 +116,24 @@ class Source:
                 raise DataError(f"source {self.name!r}: {found.path} has 1 TiB or more; split it.")
             self._opened[part] = found
         return found
+
+    def read_range(self, part: int, offset: int, num_bytes: int) -> bytes:
+        """Bytes of a part for one sample: by a range of its own, or from the cache of remote files. Raises OSError."""
+        file = self.file(part)
+        if self.remote_cache is None or file.is_local:
+            return file.read(offset, num_bytes)
+        return self.remote_cache.read(file, offset, num_bytes)
+
+    def notes(self) -> list[str]:
+        """What is legal, but good to know before training on it."""
+        return []
+
+    @property
+    def by_groups(self) -> bool:
+        """Whether its order keeps to groups of shards (`shuffle`)."""
+        return self.settings.shuffle == "shard_groups" or (
+            self.settings.shuffle == "auto" and is_url(self.settings.path)
+        )
 
     @property
     def amount(self) -> int:

@@ -23,7 +23,7 @@ from itertools import groupby
 from typing import Any
 
 from nvlm_train.data.images import BadSample
-from nvlm_train.data.sources.files import ByteFile, expand_braces, is_url, natural
+from nvlm_train.data.sources.files import ByteFile, expand_braces, holds_file, is_url, natural
 from nvlm_train.data.sources.rows import Form, ImageRef, Sample, parse_json, parse_row
 from nvlm_train.data.sources.source import Record, Source, Unit
 from nvlm_train.errors import DataError
@@ -164,7 +164,14 @@ class WebDatasetSource(Source):
     wanted = "`path` names a tar, a folder of tars, or many by a-{000..010}.tar, relative to the current directory."
 
     def __init__(self, name: str, settings: schema.Source) -> None:
-        self._meta = read_meta(name, settings) if not is_url(settings.path) else None
+        self._meta = None
+        if not is_url(settings.path):
+            self._meta = read_meta(name, settings)
+        elif holds_file(settings.path, ".nv-meta"):
+            raise DataError(
+                f"source {name!r}: {settings.path} was prepared by Energon, whose .nv-meta is only read on a local path"
+                "; name the tars of the split: URL/shard-{000..127}.tar."
+            )
         super().__init__(name, settings)
         if self._meta is not None:
             columns = settings.columns.model_dump(exclude_none=True) if settings.columns else {}
@@ -325,7 +332,7 @@ class WebDatasetSource(Source):
         """The sample of a row of the index. Raises BadSample."""
         part, begin = int(row["position"]) >> 40, int(row["position"]) & ((1 << 40) - 1)
         try:
-            data = self.file(part).read(begin, int(row["num_bytes"]))
+            data = self.read_range(part, begin, int(row["num_bytes"]))
         except OSError as error:
             raise BadSample("missing file", f"{self.files[part]} cannot be read any more: {error}") from error
 

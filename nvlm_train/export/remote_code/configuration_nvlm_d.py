@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of an NVLM-D export: a vision tower, a projector and a Qwen2 decoder.
+"""Configuration of an NVLM-D export: a vision tower, a projector and a decoder of Qwen2's or Llama's kind.
 
 `config.json` keeps the keys of the published NVLM-D-72B, which serving programs read by name. Saving again writes the
 same portable form whatever the installed transformers would write: version 5 moves `rope_theta` away from where
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from transformers import PretrainedConfig, Qwen2Config
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
+
+DECODERS = {"Qwen2ForCausalLM": Qwen2Config, "LlamaForCausalLM": LlamaConfig}
 
 
 class NVLM_D_VisionConfig(PretrainedConfig):
@@ -77,12 +79,15 @@ class NVLM_D_Config(PretrainedConfig):
         max_dynamic_patch: int = 6,
         image_token_id: int = 151654,
         projector_layer_norm_eps: float = 1e-5,
+        projector_norm: str = "layer_norm",
         **kwargs: Any,
     ) -> None:
         if not isinstance(vision_config, PretrainedConfig):
             vision_config = NVLM_D_VisionConfig(**(vision_config or {}))
         if not isinstance(llm_config, PretrainedConfig):
-            llm_config = Qwen2Config(**{k: v for k, v in (llm_config or {}).items() if k != "model_type"})
+            # the published llm_config says model_type llama of a Qwen2: what counts is `architectures`
+            decoder = {k: v for k, v in (llm_config or {}).items() if k != "model_type"}
+            llm_config = DECODERS[(decoder.get("architectures") or ["Qwen2ForCausalLM"])[0]](**decoder)
         self.vision_config = vision_config
         self.llm_config = llm_config
         self.select_layer = select_layer
@@ -96,6 +101,7 @@ class NVLM_D_Config(PretrainedConfig):
         self.max_dynamic_patch = max_dynamic_patch
         self.image_token_id = image_token_id
         self.projector_layer_norm_eps = projector_layer_norm_eps
+        self.projector_norm = projector_norm
         # the decoder ties its head itself; saying otherwise here would tie heads that are not
         kwargs["tie_word_embeddings"] = bool(llm_config.tie_word_embeddings)
         super().__init__(**kwargs)
@@ -107,7 +113,7 @@ class NVLM_D_Config(PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The portable form: see the head of this file."""
         values = super().to_dict()
-        values["architectures"] = ["NVLM_D"]
+        values["architectures"] = [self.model_type]
         decoder = values.get("llm_config")
         if isinstance(decoder, dict):
             rope = decoder.pop("rope_parameters", None) or {}
@@ -117,8 +123,7 @@ class NVLM_D_Config(PretrainedConfig):
                 decoder.pop("rope_scaling", None)
             else:
                 decoder["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-            decoder["architectures"] = ["Qwen2ForCausalLM"]
-            decoder["model_type"] = "qwen2"
+            decoder["architectures"] = [name for name, c in DECODERS.items() if c.model_type == decoder["model_type"]]
         for part in (values, decoder, values.get("vision_config")):
             if isinstance(part, dict):
                 for private in (

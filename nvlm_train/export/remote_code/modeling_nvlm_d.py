@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVLM-D for transformers: InternViT tower, projector, Qwen2 decoder.
+"""NVLM-D for transformers: InternViT tower, projector, a decoder of Qwen2's or Llama's kind.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen2ForCausalLM
+from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_nvlm_d import NVLM_D_Config, NVLM_D_VisionConfig
@@ -40,8 +40,26 @@ class RMSNorm(nn.Module):
         return self.weight[: self.real] * x32.to(x.dtype)
 
 
+def norm(config: NVLM_D_VisionConfig) -> nn.Module:
+    """A layer's norm: RMSNorm in the 6B tower, LayerNorm in the 300M one."""
+    if config.norm_type == "layer_norm":
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+    return RMSNorm(config.hidden_size, config.hidden_size, config.layer_norm_eps)
+
+
+class RealChannels(nn.Module):
+    """What stands in for a norm where there is none: cuts off the channels of dummy heads."""
+
+    def __init__(self, real: int) -> None:
+        super().__init__()
+        self.real = real
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., : self.real]
+
+
 class Attention(nn.Module):
-    """Full attention inside a tile, queries and keys normalised over all real heads together.
+    """Full attention inside a tile; in the 6B tower queries and keys are normalised over all real heads together.
 
     Stored weights have `num_dummy_heads` heads behind the real ones; what they hold is never used.
     """
@@ -53,8 +71,9 @@ class Attention(nn.Module):
         self.head_size = config.hidden_size // config.num_attention_heads
         self.stored = self.width + config.num_dummy_heads * self.head_size
         self.qkv = nn.Linear(self.width, 3 * self.stored, bias=config.qkv_bias)
-        self.q_norm = RMSNorm(self.stored, self.width, config.layer_norm_eps)
-        self.k_norm = RMSNorm(self.stored, self.width, config.layer_norm_eps)
+        for name in ("q_norm", "k_norm"):
+            rms = RMSNorm(self.stored, self.width, config.layer_norm_eps) if config.qk_normalization else None
+            self.add_module(name, rms or RealChannels(self.width))
         self.proj = nn.Linear(self.stored, self.width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,9 +101,9 @@ class VisionLayer(nn.Module):
 
     def __init__(self, config: NVLM_D_VisionConfig) -> None:
         super().__init__()
-        width, eps = config.hidden_size, config.layer_norm_eps
-        self.norm1 = RMSNorm(width, width, eps)
-        self.norm2 = RMSNorm(width, width, eps)
+        width = config.hidden_size
+        self.norm1 = norm(config)
+        self.norm2 = norm(config)
         self.attn = Attention(config)
         self.mlp = Mlp(config)
         self.ls1 = nn.Parameter(torch.full((width,), config.initializer_factor))
@@ -145,14 +164,41 @@ def pixel_shuffle(x: Tensor) -> Tensor:
     return x.permute(0, 1, 3, 2, 4, 5).reshape(tiles, patches // 4, 4 * width)
 
 
-class NVLM_D_Model(PreTrainedModel):
-    """The decoder-only NVLM: projected image tokens take the places of the image token in the prompt."""
+def projector(config: NVLM_D_Config) -> nn.Sequential:
+    """Norm, Linear, GELU, Linear from four joined patches to the decoder's width."""
+    joined, decoder = 4 * config.vision_config.hidden_size, config.get_text_config()
+    return nn.Sequential(
+        projector_norm(config),
+        nn.Linear(joined, decoder.intermediate_size, bias=False),
+        nn.GELU(),
+        nn.Linear(decoder.intermediate_size, decoder.hidden_size, bias=False),
+    )
+
+
+def projector_norm(config: NVLM_D_Config) -> nn.Module:
+    """The projector's first step."""
+    if config.projector_norm == "none":
+        return nn.Identity()
+    return nn.LayerNorm(4 * config.vision_config.hidden_size, eps=config.projector_layer_norm_eps)
+
+
+def to_the_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows with their padding on the left: decoding appends on the right. The order of real tokens stays."""
+    order = attention_mask.bool().to(torch.int8).argsort(dim=1, stable=True)  # [B, S]
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+class NVLM_D_Model(PreTrainedModel, GenerationMixin):
+    """The decoder-only NVLM: projected image tokens take the places of the image token in the prompt.
+
+    The decoder generates; of GenerationMixin only what reads and saves generation_config.json is used.
+    """
 
     config_class = NVLM_D_Config
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["VisionLayer", "Qwen2DecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["VisionLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer"]
     _skip_keys_device_placement = "past_key_values"
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -166,17 +212,14 @@ class NVLM_D_Model(PreTrainedModel):
                 f"select_layer {config.select_layer}, ps_version {config.ps_version!r}, downsample_ratio "
                 f"{config.downsample_ratio}: this code knows the last layer (-1), 'v2' and 0.5 only"
             )
-        vision, decoder = config.vision_config, config.get_text_config()
-        joined = 4 * vision.hidden_size
-        self.vision_model = VisionTower(vision)
-        self.mlp1 = nn.Sequential(
-            nn.LayerNorm(joined, eps=config.projector_layer_norm_eps),
-            nn.Linear(joined, decoder.intermediate_size, bias=False),
-            nn.GELU(),
-            nn.Linear(decoder.intermediate_size, decoder.hidden_size, bias=False),
-        )
-        self.language_model = Qwen2ForCausalLM(decoder)
+        self.build(config)
         self.post_init()
+
+    def build(self, config: NVLM_D_Config) -> None:
+        decoder = config.get_text_config()
+        self.vision_model = VisionTower(config.vision_config)
+        self.mlp1 = projector(config)
+        self.language_model = (LlamaForCausalLM if decoder.model_type == "llama" else Qwen2ForCausalLM)(decoder)
 
     def _init_weights(self, module: nn.Module) -> None:
         """New weights for what a checkpoint does not bring (used when training from this code)."""
@@ -197,11 +240,6 @@ class NVLM_D_Model(PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
-    @classmethod
-    def can_generate(cls) -> bool:
-        """The decoder generates; saying so makes transformers read and save generation_config.json."""
-        return True
-
     def extract_feature(self, pixel_values: Tensor) -> Tensor:
         """Normalised tiles [T, 3, px, px] to image tokens [T, Q, D]."""
         weight = self.vision_model.embeddings.class_embedding
@@ -210,17 +248,21 @@ class NVLM_D_Model(PreTrainedModel):
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
         """[B, S] token ids to [B, S, D] embeddings, image tokens in the order of the tiles."""
-        embeddings = self.get_input_embeddings()(input_ids)  # [B, S, D]
+        features = None if pixel_values is None or pixel_values.shape[0] == 0 else self.extract_feature(pixel_values)
+        return self.put_images(self.get_input_embeddings()(input_ids), input_ids, features)
+
+    def put_images(self, embeddings: Tensor, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        """features [T, Q, D] into the places of the image token, in order; ValueError where their numbers differ."""
         places = input_ids == self.config.image_token_id  # [B, S]
-        if pixel_values is None or pixel_values.shape[0] == 0:
+        if features is None or features.shape[0] == 0:
             if bool(places.any()):
                 raise ValueError(f"{int(places.sum())} image tokens in input_ids, but no pixel_values")
             return embeddings
-        image = self.extract_feature(pixel_values).flatten(0, 1).to(embeddings.device, embeddings.dtype)  # [T*Q, D]
+        image = features.flatten(0, 1).to(embeddings.device, embeddings.dtype)  # [T*Q, D]
         if int(places.sum()) != image.shape[0]:
             raise ValueError(
-                f"{int(places.sum())} image tokens in input_ids, but pixel_values holds {pixel_values.shape[0]} tiles "
-                f"of {image.shape[0] // pixel_values.shape[0]} tokens each"
+                f"{int(places.sum())} image tokens in input_ids, but pixel_values holds {features.shape[0]} tiles "
+                f"of {features.shape[1]} tokens each"
             )
         return embeddings.masked_scatter(places.unsqueeze(-1).to(embeddings.device), image)
 
@@ -274,9 +316,7 @@ class NVLM_D_Model(PreTrainedModel):
             raise ValueError("generate needs input_ids")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        # decoding appends on the right, so padding goes to the left; the order of real tokens stays
-        order = attention_mask.bool().to(torch.int8).argsort(dim=1, stable=True)  # [B, S]
-        input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        input_ids, attention_mask = to_the_left(input_ids, attention_mask)
         if visual_features is None:
             embeddings = self.embed(input_ids, pixel_values)
         else:

@@ -1,0 +1,251 @@
+"""The LoRA adapters of a run as a standard peft folder: adapter_config.json and adapter_model.safetensors.
+
+The folder belongs to a base: a Hugging Face folder in the published layout that holds the weights beneath the adapters
+(an export of the run this one started from, or the published model). Names are those of its modules, and the vision
+tower's adapters get the rows or columns of its dummy heads. A projector that was trained as a whole goes in as peft's
+`modules_to_save`. Merged exports need none of this: `export` without --adapter.
+
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE, trust_remote_code=True), OUT)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvlm_train.errors import CheckpointError
+from nvlm_train.export import card, hf
+from nvlm_train.log import get_logger
+from nvlm_train.model import key_map
+from nvlm_train.recipe.schema import Lora, Train
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nvlm_train.checkpoint import CheckpointWeights
+    from nvlm_train.recipe.schema import Model
+
+log = get_logger(__name__)
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # peft's, before the base's own names
+
+
+def export_adapter(checkpoint: CheckpointWeights, out: str | Path, base: str | Path, dtype: str = "fp32") -> Path:
+    """Writes the adapters of `checkpoint` for the folder `base` into the folder `out`, and returns it.
+
+    Raises CheckpointError where the run has no adapters, has trained more than fits beside them, or where `base` is not
+    the model they belong to; nothing is left behind then.
+    """
+    out, base = Path(out), Path(base)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not an empty folder; name a new one, nothing is overwritten")
+    tensors = adapter_tensors(checkpoint, base, dtype)
+    config = adapter_config(checkpoint, base)
+    problems = _base_problems(tensors, base)
+    if problems:
+        raise CheckpointError(f"{base} is not the base of these adapters:\n  " + "\n  ".join(problems))
+    readme = card.model_card(
+        checkpoint.recipe, step=checkpoint.step, recipe_hash=checkpoint.state.get("recipe_hash"), dtype=dtype,
+        earlier_run=checkpoint.earlier_run,
+    )  # fmt: skip
+    from safetensors.torch import save_file
+
+    partial = out.parent / f".{out.name}.incomplete"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(readme, encoding="utf-8")
+        partial.replace(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return out
+
+
+def adapter_tensors(checkpoint: CheckpointWeights, base: Path, dtype: str = "fp32") -> dict[str, Tensor]:
+    """Every tensor of the adapter folder by its name there. base: the folder that they are for."""
+    import torch
+
+    model, kind = key_map.model_from_recipe(checkpoint.recipe), getattr(torch, hf.DTYPES[dtype][0])
+    if not checkpoint.adapters:
+        raise CheckpointError(f"{checkpoint.path} has no LoRA adapters; export it without --adapter")
+    whole = sorted(checkpoint.trained - set(checkpoint.adapters))
+    beside = [name for name in whole if not name.startswith("projector.")]
+    if beside:
+        raise CheckpointError(
+            f"{len(beside)} weights beside the adapters were trained as a whole, the first {beside[0]}; an adapter "
+            "folder takes adapters and the projector: export it merged, without --adapter"
+        )
+    tensors = {_PREFIX + key_map.to_published(name): checkpoint.read(name).to(kind).contiguous() for name in whole}
+    heads = _dummy_heads(base)
+    for weight, (a, b, _) in checkpoint.adapters.items():
+        layer = _PREFIX + key_map.to_published(weight).removesuffix(".weight")
+        read = checkpoint.checkpoint.read_master
+        tensors[f"{layer}.lora_A.weight"] = _columns(weight, read(a), model, heads).to(kind).contiguous()
+        tensors[f"{layer}.lora_B.weight"] = _rows(weight, read(b), model, heads).to(kind).contiguous()
+    return tensors
+
+
+def _dummy_heads(base: Path) -> int:
+    """How many heads the folder stores behind the tower's real ones; the published config.json does not say."""
+    try:
+        vision = json.loads((base / "config.json").read_text(encoding="utf-8"))["vision_config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return key_map.NUM_DUMMY_HEADS  # what is wrong with the folder, `_base_problems` says
+    return int(vision.get("num_dummy_heads", key_map.NUM_DUMMY_HEADS))
+
+
+def _columns(weight: str, a: Tensor, model: Model, num_dummy_heads: int) -> Tensor:
+    """A [rank, inputs] with zeros for the inputs that dummy heads add: to the tower's attn.proj."""
+    return key_map.pad(weight, a, model.vision, num_dummy_heads) if weight.endswith(".attn.proj.weight") else a
+
+
+def _rows(weight: str, b: Tensor, model: Model, num_dummy_heads: int) -> Tensor:
+    """B [outputs, rank] with zeros for the outputs that dummy heads add: to the tower's attn.qkv."""
+    return key_map.pad(weight, b, model.vision, num_dummy_heads) if weight.endswith(".attn.qkv.weight") else b
+
+
+def adapter_config(checkpoint: CheckpointWeights, base: Path) -> dict[str, Any]:
+    """adapter_config.json as peft reads it; modules whose rank or alpha differ from the first stand in the patterns."""
+    train = Train.model_validate(checkpoint.recipe["train"])
+    options: dict[str, Lora] = {}
+    for name in checkpoint.adapters:
+        module = {"vision_model": "vision"}.get(name.split(".", 1)[0], name.split(".", 1)[0])
+        options[key_map.to_published(name).removesuffix(".weight")] = getattr(train.lora, module)
+    first = next(iter(options.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": first.rank,
+        "lora_alpha": _plain(first.alpha),
+        "rank_pattern": {name: lora.rank for name, lora in options.items() if lora.rank != first.rank},
+        "alpha_pattern": {name: _plain(lora.alpha) for name, lora in options.items() if lora.alpha != first.alpha},
+        "target_modules": sorted(options),
+        "modules_to_save": ["mlp1"] if any(name.startswith("projector.") for name in checkpoint._own) else None,
+        "lora_dropout": first.dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+
+
+def _plain(alpha: float) -> int | float:
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _base_problems(tensors: dict[str, Tensor], base: Path) -> list[str]:
+    """What of the adapters has no place, or one of another shape, in the folder `base`."""
+    from nvlm_train.export.verify import INDEX, _stored_tensors
+
+    if not (base / INDEX).is_file():
+        return [f"it has no {INDEX}; right would be a folder that `nvlm-train export` wrote, or the published one"]
+    stored, problems = _stored_tensors(base)
+    for name, tensor in tensors.items():
+        layer, _, kind = name.removeprefix(_PREFIX).partition(".lora_")
+        weight = layer if not kind else f"{layer}.weight"
+        if weight not in stored:
+            problems.append(f"{weight} is not in it")
+            continue
+        shape = stored[weight]["shape"]
+        wanted = shape if not kind else (shape[1],) if kind.startswith("A") else (shape[0],)
+        found = tuple(tensor.shape) if not kind else (tensor.shape[1 if kind.startswith("A") else 0],)
+        if found != wanted:
+            problems.append(f"{weight} is {list(shape)}, {name} is {list(tensor.shape)}")
+    return problems
+
+
+# ----------------------------------------------------------------------------------------------------------- verifying
+
+
+def verify_adapter(out: str | Path, checkpoint: CheckpointWeights, *, logits: bool = True) -> dict[str, Any]:
+    """Compares an adapter folder with the checkpoint, in the form of `verify.verify`'s report: every tensor bit for
+    bit, and the logits of base and adapters, loaded through transformers and peft, with those of the merged model."""
+    import torch
+    from safetensors.torch import load_file
+
+    from nvlm_train.export import verify
+
+    out = Path(out)
+    config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+    base = Path(config["base_model_name_or_path"])
+    stored = load_file(out / TENSORS)
+    kind = next(iter(stored.values())).dtype if stored else torch.float32
+    dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(kind, "fp32")
+    expected = adapter_tensors(checkpoint, base, dtype)
+    values = [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
+    values += [f"{name} is not in the checkpoint" for name in sorted(stored.keys() - expected.keys())]
+    for name in sorted(expected.keys() & stored.keys()):
+        if not torch.equal(expected[name], stored[name]):
+            values.append(f"{name}: its values are not the checkpoint's")
+        if not bool(torch.isfinite(stored[name]).all()):
+            values.append(f"{name} holds NaN or infinite values")
+    settings = adapter_config(checkpoint, base)
+    wrong = [
+        f"{key} is {config.get(key)!r}, expected {value!r}"
+        for key, value in settings.items()
+        if config.get(key) != value
+    ]
+    checks: list[dict[str, Any]] = []
+    problems: list[str] = []
+
+    def record(name: str, found: list[str], detail: str) -> None:
+        checks.append({"name": name, "ok": not found, "detail": found[0] if found else detail})
+        problems.extend(f"{name}: {problem}" for problem in found)
+
+    record(CONFIG, wrong, "as the run's recipe says")
+    record("values", values, f"{len(stored)} tensors equal the checkpoint's bit for bit, all finite")
+    record("base", _base_problems(expected, base), f"{base} has a place for each")
+    report: dict[str, Any] = {
+        "out": str(out),
+        "tensors": len(stored),
+        "checks": checks,
+        "problems": problems,
+        "logits": {},
+    }
+    report["bytes"] = sum(tensor.nbytes for tensor in stored.values())
+    if logits and not problems:
+        size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+        base_config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        skipped = verify._not_enough_memory(size, base_config)
+        if skipped:
+            checks.append({"name": "logits", "ok": None, "detail": skipped})
+        else:
+            _compare_logits(out, base, base_config, checkpoint, report, record)
+    report["ok"] = not problems
+    return report
+
+
+def _compare_logits(
+    out: Path,
+    base: Path,
+    base_config: dict[str, Any],
+    checkpoint: CheckpointWeights,
+    report: dict[str, Any],
+    record: Any,
+) -> None:
+    from peft import PeftModel
+
+    from nvlm_train.export import verify
+
+    def load(folder: Path, dtype: str) -> Any:
+        return PeftModel.from_pretrained(hf.load_exported(base, dtype), str(folder)).eval()
+
+    model = key_map.model_from_recipe(checkpoint.recipe)
+    # both in fp32: the base's own rounding is on both sides, and the merged weights are not rounded
+    results = verify.compare_logits(out, checkpoint, model, {**base_config, "torch_dtype": "float32"}, load)
+    report["logits"] = results
+    found = [
+        f"{case}: differ by {result['max_difference']:.2e}, more than {result['tolerance']:.2e}"
+        for case, result in results.items()
+        if not result["max_difference"] <= result["tolerance"]
+    ]
+    record("logits", found, f"{len(results)} inputs through transformers and peft equal the merged model's")
