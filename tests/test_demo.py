@@ -7,7 +7,9 @@ import re
 import subprocess
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -235,3 +237,55 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
         if name != "nvlm-train":
             assert requirement.specifier.contains(pinned[name]), requirement
+
+
+def load_script(path: str) -> ModuleType:
+    loader = SourceFileLoader(Path(path).stem, str(ROOT / path))
+    module = ModuleType(loader.name)
+    module.__file__ = loader.path
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def comparison() -> ModuleType:
+    return load_script("scripts/compare_architectures")
+
+
+def test_every_run_of_the_comparison_is_a_valid_recipe(comparison: ModuleType, tmp_path: Path) -> None:
+    for architecture in comparison.ARCHITECTURES:
+        for tags in comparison.TAGS:
+            run = comparison.Run(tmp_path, architecture, tags, seed=7, steps=8)
+            for stage, steps in (("1_pretrain", 2), ("2_sft", 8)):
+                recipe = load_recipe(ROOT / f"recipes/quickstart/{stage}.yaml", run.overrides(stage)).recipe
+                assert (recipe.model.architecture, recipe.data.tiling.tags) == (architecture, tags)
+                assert (recipe.seed, recipe.max_steps, recipe.checkpoint.every_steps) == (7, steps, steps)
+                start = recipe.init_from.run.path if recipe.init_from.run else None
+                assert start == (str(run.folder / "1_pretrain") if stage == "2_sft" else None)
+
+
+def test_a_finished_run_of_the_comparison_is_not_repeated(
+    comparison: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "call", lambda command, log: pytest.fail(f"runs {command}"))
+    run = comparison.Run(tmp_path, "nvlm_x", "none", seed=1, steps=8)
+    with pytest.raises(pytest.fail.Exception):
+        run.complete()
+    run.folder.mkdir()
+    scores = dict.fromkeys([*comparison.QUESTIONS, "all"], 0.5)
+    found = {"architecture": "nvlm_x", "tags": "none", "seed": 1, "parameters": {"vision": 7}, "tokens_per_sample": 9.0}
+    (run.folder / "scores.json").write_text(json.dumps(found | {"images": scores, "text": scores}))
+    first = run.complete()
+    other = first | {"seed": 2, "images": scores | {"all": 0.75}}
+    row = comparison.table([first, other], {"all": 0.9}).splitlines()[-1]
+    assert row.split(" | ")[:2] == ["| NVLM-X", "no"]
+    assert row.split(" | ")[6:] == ["62.5 (50.0-75.0)", "90.0", "50.0 (50.0-50.0)", "7", "9.0 |"]
+
+
+def test_throughput_is_predicted_at_the_papers_sequences() -> None:
+    bench_architectures = load_script("scripts/bench/bench_architectures.py")
+    assert [bench_architectures.sequence(a, 1024, 256) for a in ("nvlm_d", "nvlm_h", "nvlm_x")] == [2816, 1280, 1024]
+    for shape in ("cpu", "cuda", "paper"):
+        decoder = bench_architectures.operations("nvlm_d", shape)
+        ratios = [round(decoder / bench_architectures.operations(a, shape), 1) for a in ("nvlm_h", "nvlm_x")]
+        assert ratios == ([1.9, 2.3] if shape == "cpu" else [1.9, 2.2])  # README quotes them with two digits
