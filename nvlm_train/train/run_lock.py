@@ -35,34 +35,36 @@ def held(run: Path, rank: int, wait_s: float = WAIT_S) -> Iterator[None]:
     stream: IO[str] | None = None
     if rank == 0:
         with contextlib.suppress(OSError):
-            run.mkdir(parents=True, exist_ok=True)
-            stream = (run / NAME).open("a+", encoding="utf-8")
+            stream = _take(run, wait_s)
     try:
-        if stream is not None:
-            _take(stream, run, wait_s)
         yield
     finally:
         if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()
+            _let_go(stream, run)
 
 
-def _take(stream: IO[str], run: Path, wait_s: float) -> None:
+def _take(run: Path, wait_s: float) -> IO[str]:
     until = time.monotonic() + wait_s
     told = False
+    run.mkdir(parents=True, exist_ok=True)
     while True:
+        stream = (run / NAME).open("a+", encoding="utf-8")
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            if _is_file_of(stream, run):
+                break
+            stream.close()  # its last holder removed it between our opening and our locking
+            continue
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 log.warning(
                     "%s: this file system has no locks (%s), so nobody notices when a second training is started in "
                     "this folder", run, error.strerror,
                 )  # fmt: skip
-                return
+                return stream
         stream.seek(0)
         holder = stream.read().strip() or "another process"
+        stream.close()
         if time.monotonic() >= until:
             raise SetupError(
                 f"output_dir: '{run}' is in use by {holder}; two trainings would write over each other's files. Wait "
@@ -78,3 +80,21 @@ def _take(stream: IO[str], run: Path, wait_s: float) -> None:
             f"process {os.getpid()} on host {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         )
         stream.flush()
+    return stream
+
+
+def _is_file_of(stream: IO[str], run: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), (run / NAME).stat())
+    except FileNotFoundError:
+        return False
+
+
+def _let_go(stream: IO[str], run: Path) -> None:
+    """Removes the file, and the folder of a training that was refused before it wrote anything."""
+    with contextlib.suppress(OSError):
+        (run / NAME).unlink()
+        stream.close()
+        run.rmdir()  # fails, as it should, where anything is in it
+    with contextlib.suppress(OSError):
+        stream.close()

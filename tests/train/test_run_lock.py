@@ -41,6 +41,7 @@ def test_a_second_training_is_refused_and_names_the_first(tmp_path: Path) -> Non
     os.waitpid(pid, 0)
     with run_lock.held(tmp_path / "run", 0, wait_s=0.3):
         assert f"process {os.getpid()} " in (tmp_path / "run" / run_lock.NAME).read_text()
+    assert not (tmp_path / "run").exists()  # nothing was written there
 
 
 def test_one_that_is_killed_leaves_nothing_to_be_removed_by_hand(tmp_path: Path) -> None:
@@ -48,8 +49,10 @@ def test_one_that_is_killed_leaves_nothing_to_be_removed_by_hand(tmp_path: Path)
     os.kill(pid, 9)
     os.waitpid(pid, 0)
     os.close(writing)
+    (tmp_path / "recipe.json").touch()
     with run_lock.held(tmp_path, 0, wait_s=0.3):
         pass
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
 
 
 def test_a_folder_that_cannot_be_written_is_told_by_who_needs_it(tmp_path: Path) -> None:

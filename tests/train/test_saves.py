@@ -102,7 +102,7 @@ def test_saves_by_minutes_and_kept_for_good(inputs: Path, whole: Path, tmp_path:
     assert run(inputs, seldom, *by_minutes, "checkpoint.every_minutes=1000") == (0, "")
     assert checkpoint.committed_steps(seldom) == [8]
     code, text = run(inputs, tmp_path / "never", *by_minutes)
-    assert code == 2 and "every_steps: is 0 and every_minutes is not given, so a crash would lose the whole run" in text
+    assert code == 2 and "is 0 and every_minutes is not given, so a crash would lose the whole run" in text
     assert_same_state(whole, seldom)
 
 

@@ -224,7 +224,7 @@ def test_licences_behind_the_other_run_travel(inputs: Path, tmp_path: Path) -> N
     }
     (other / "recipe.json").write_text(json.dumps(content))
     start = state.find_start(recipe, "auto", (), open_branch(str(other / "step_4"), [(5, 5)]))
-    state.write_run_files(start, recipe, resolve(recipe, 1), {"world_size": 1})
+    state.write_run_files(start, recipe, resolve(recipe, 1), {"world_size": 1}, {})
     written = json.loads((tmp_path / "new" / "recipe.json").read_text())
     assert written["earlier_run"] == stage_1 and len(written["attempts"]) == 1
     assert written["continued_from"]["skip_steps"] == [[5, 5]]
