@@ -87,6 +87,17 @@ def recorded_branch(content: dict[str, Any]) -> Branch | None:
     return Branch(Path(found["path"]), found["step"], inherited, _stretches(found["skip_steps"]), found)
 
 
+def check_reached(branch: Branch, num_steps: int) -> None:
+    """Raises RecipeError where a run of `num_steps` steps ends before data that it was told to skip: a mistyped step
+    would go unnoticed."""
+    last = data_step(num_steps - 1, branch.skipped) + 1
+    if beyond := [stretch for stretch in branch.skipped if stretch[0] > last]:
+        raise RecipeError(
+            f"--skip-steps {beyond[0][0]}:{beyond[0][1]}: this run ends with data step {last} (step {num_steps}) and "
+            f"never reaches them; steps are counted as `data_step` in {branch.checkpoint.parent / 'metrics.jsonl'}"
+        )
+
+
 def check_base(run: Path, branch: Branch) -> None:
     """Compares the frozen weights that this run starts with with those of the run it goes on from.
 

@@ -28,7 +28,7 @@ from nvlm_train.recipe.load import LoadedRecipe
 from nvlm_train.recipe.resolve import Resolved, recipe_to_dict, resolve
 from nvlm_train.recipe.schema import Recipe
 from nvlm_train.train import announce, nonfinite, oom, run_lock, state, step
-from nvlm_train.train.branch import Branch, check_base
+from nvlm_train.train.branch import Branch, check_base, check_reached
 from nvlm_train.train.metrics import Clock, Console, MetricsFile, Sink, open_sinks, peak_memory_gib
 from nvlm_train.train.rehearsal import plan_rehearsal, rehearse
 from nvlm_train.train.saving import Saver
@@ -84,6 +84,8 @@ def _train(
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size, skipped=start.skipped)
     if _is_complete(start, plan.num_steps):
         return
+    if start.leaves and start.branch is not None:
+        check_reached(start.branch, plan.num_steps)
     resolved = resolve(recipe, launch.world_size, plan.num_steps)
     state.check_data(start, plan.state(start.step, start.skipped_before), accept)
 

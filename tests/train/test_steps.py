@@ -201,6 +201,8 @@ def test_going_on_past_data_that_is_left_out(inputs: Path, stopped: tuple[Path, 
     code, text = run(inputs, tmp_path / "third", "optimizer.lr=0.1", **flags)
     assert code == 2 and "optimizer.lr: 0.003 -> 0.1 (fixed)" in text
     assert not (tmp_path / "third").exists()
+    code, text = run(inputs, tmp_path / "fourth", from_=str(origin / "step_4"), skip=[(5, 5), (50, 51)])
+    assert code == 2 and "--skip-steps 50:51: this run ends with data step 9 (step 8) and never reaches them" in text
     # a branch of a branch keeps what its origin left out
     branch = open_branch(str(out / "step_6"), [(9, 12), (8, 8)])
     assert branch.inherited == ((5, 5),) and branch.skipped == ((5, 5), (8, 12)) and branch.step == 6
