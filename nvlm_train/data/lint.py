@@ -32,9 +32,10 @@ from nvlm_train.data.index import (
     index_key,
     make_index_dir,
     open_index,
+    split_rows,
     too_bad,
 )
-from nvlm_train.data.plan import open_data
+from nvlm_train.data.plan import nothing_held_out, open_data
 from nvlm_train.data.sources import BELOW_RATING, expand_sources, open_source
 from nvlm_train.data.tokenizer import load_tokenizer
 from nvlm_train.errors import DataError
@@ -286,6 +287,7 @@ def lint(
             if images and index.rows["tiles"].any():
                 _decode(report, index, look_in, given, threads, examples)
             report.refused = report.refused or too_bad(index, settings, recipe.data.max_bad_share)
+        _judge_validation(reports, {n: o.index for n, o in opened.items() if not isinstance(o, DataError)}, recipe)
         _doubles(reports, {n: o.index for n, o in opened.items() if not isinstance(o, DataError)}, recipe)
     return reports
 
@@ -363,6 +365,24 @@ def _decode(
         if len(group.examples) < examples:
             group.examples.append(Example(index.where(row), str(error)))
     report.problems += sorted(groups.values(), key=lambda group: -group.count)
+
+
+def _judge_validation(reports: Sequence[SourceReport], indexes: dict[str, SourceIndex], recipe: schema.Recipe) -> None:
+    """A problem where the held-out share leaves nothing to validate on; told only when every source can be read."""
+    if recipe.validation is None or set(indexes) != set(sources_of(recipe)):
+        return
+    folder = make_index_dir(recipe)
+    share = recipe.validation.held_out_share
+    held = {
+        name: len(split_rows(index, share, recipe.data.pack_tiles, folder)[1])
+        for name, index in indexes.items()
+        if name in recipe.data.mixture
+    }
+    if found := nothing_held_out(recipe, held, indexes):
+        name, message = found
+        report = next(one for one in reports if one.name == name)
+        report.problems.append(Group("nothing held out", 1, [Example(report.path, message)]))
+        report.refused = report.refused or message
 
 
 def _doubles(reports: Sequence[SourceReport], indexes: dict[str, SourceIndex], recipe: schema.Recipe) -> None:

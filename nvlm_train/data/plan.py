@@ -331,6 +331,42 @@ class DataPlan:
         return LoadedSample(ref, rendered, tiles)
 
 
+def nothing_held_out(
+    recipe: schema.Recipe, held_out: Mapping[str, int], indexes: Mapping[str, SourceIndex]
+) -> tuple[str, str] | None:
+    """The source and what is wrong, where validation.held_out_share leaves nothing to judge the run by.
+
+    held_out: samples of each source that are validated on. A share is taken by each sample's hash, so a small source
+    may well give none.
+    """
+    validation = recipe.validation
+    if validation is None or not validation.held_out_share:
+        return None
+    if validation.best is not None:
+        if validation.best not in held_out:  # a blend, which has become several sources
+            return next(iter(recipe.data.mixture)), (
+                f"validation.best: {validation.best!r} is not a source of its own, but stands for several; use one of "
+                f"{', '.join(held_out)}"
+            )
+        if held_out[validation.best]:
+            return None
+        wrong, name = "validation.best", validation.best
+        which = f"source {name!r} has no held-out sample"
+        other = ", name another source in validation.best"
+    elif any(held_out.values()) or validation.sources:
+        return None
+    else:
+        wrong, name = "validation", max(recipe.data.mixture, key=lambda one: len(indexes[one].rows))
+        which, other = f"no source has a held-out sample; the largest is {name!r}", ", name files in validation.sources"
+    size = len(indexes[name].rows)
+    enough = min(0.5, 10 / max(size, 1))
+    return name, (
+        f"{wrong}: {which}: validation.held_out_share {validation.held_out_share:g} takes none of its {size} samples. "
+        f"Raise the share (validation.held_out_share={enough:.2g} takes about {enough * size:.0f} of them){other}, or "
+        "validate nothing (validation=null)"
+    )
+
+
 def open_data(
     recipe: schema.Recipe, *, rank: int, world_size: int, judge: bool = True, skipped: tuple[Stretch, ...] = ()
 ) -> DataPlan:
@@ -384,6 +420,8 @@ def open_data(
             )
         if share > 0 and not len(held_out[name]):
             log.warning("source %r: held_out_share %g takes none of its %d samples", name, share, len(index.rows))
+    if problem := nothing_held_out(recipe, {name: len(rows) for name, rows in held_out.items()}, indexes):
+        raise DataError(problem[1])
     mixture = Mixture(
         recipe.seed,
         {name: len(rows) for name, rows in train_rows.items()},

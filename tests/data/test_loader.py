@@ -438,6 +438,23 @@ def test_a_share_that_leaves_nothing(tmp_path: Path) -> None:
         open_data(recipe, rank=0, world_size=1)
 
 
+def test_a_share_that_holds_nothing_out(tmp_path: Path) -> None:
+    """Otherwise the first validation, hours later, would find nothing under that name."""
+    sources = {name: {"path": str(write_text_rows(tmp_path / f"{name}.jsonl", n))} for name, n in (("a", 9), ("b", 60))}
+    message = r"validation.best: source 'a' has no held-out sample: validation.held_out_share 0.05 takes none of its 9"
+    validation: dict[str, Any] = {"held_out_share": 0.05, "best": "a"}
+    with pytest.raises(DataError, match=message + r" samples. Raise the share \(validation.held_out_share=0.5 takes"):
+        open_data(make_recipe(tmp_path, sources, validation=validation), rank=0, world_size=1)
+    plan = open_data(make_recipe(tmp_path, sources, validation={**validation, "best": "b"}), rank=0, world_size=1)
+    assert plan.validation_sources() == ["b"]
+    few = {"held_out_share": 1e-6}
+    with pytest.raises(DataError, match=r"validation: no source has a held-out sample; the largest is 'b'.*0.17 takes"):
+        open_data(make_recipe(tmp_path, sources, validation=few), rank=0, world_size=1)
+    files = {"c": {"path": str(write_text_rows(tmp_path / "c.jsonl", 3))}}
+    apart = make_recipe(tmp_path, sources, validation={**few, "sources": files})
+    assert open_data(apart, rank=0, world_size=1).validation_sources() == ["c"]
+
+
 # ------------------------------------------------------------------------------------------- errors, threads, opening
 
 

@@ -238,6 +238,18 @@ def test_lint_notes_what_is_legal_but_good_to_know(tmp_path: Path, capsys: pytes
     assert code == 2 and re.search(r"1  over-long$", out, re.MULTILINE)
 
 
+def test_lint_and_stats_refuse_what_has_nothing_to_validate_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = {name: {"path": str(write_text_rows(tmp_path / f"{name}.jsonl", n))} for name, n in (("a", 9), ("b", 60))}
+    recipe = write_recipe(tmp_path, sources, validation={"held_out_share": 0.05, "best": "a"})
+    code, out, _ = run(capsys, "lint", recipe)
+    assert code == 2 and "1  nothing held out" in out and "training would refuse validation.best: source 'a'" in out
+    code, _, err = run(capsys, "stats", recipe)
+    assert code == 2 and "error: validation.best: source 'a' has no held-out sample" in err
+    assert run(capsys, "lint", recipe, "validation.best=b")[0] == 0
+
+
 def test_what_data_says_is_not_obeyed_by_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"messages": turns("\x1b]0;owned\x07 what", "yes")},
