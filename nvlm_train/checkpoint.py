@@ -144,7 +144,9 @@ def committed_steps(run: Path, kind: str = "step") -> list[int]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is a run directory with a complete checkpoint, or one of its checkpoints."""
+    """Whether a path is a run directory with a complete checkpoint, one of its checkpoints, or its RUN/best."""
+    if path.name == "best" and not path.is_dir():
+        return bool(committed_steps(path.parent))
     one = re.fullmatch(_NAME, path.name) is not None and (path / COMMITTED).is_file()
     return one or bool(committed_steps(path))
 
@@ -786,6 +788,7 @@ def _copy(run: Path, place: str, entry: Mapping[str, Any]) -> str:
         if entry["kind"] == "file":
             shutil.copyfile(place, half)
         else:
+            _copy_beneath(Path(place), half.parent)
             shutil.copytree(place, half)
         for file in [half, *half.rglob("*")]:
             if file.is_file():
@@ -798,6 +801,30 @@ def _copy(run: Path, place: str, entry: Mapping[str, Any]) -> str:
         if entry["kind"] == "run":
             Checkpoint(target).verify_checksums()
     return str(target.relative_to(run))
+
+
+def _copy_beneath(place: Path, folder: Path) -> None:
+    """Of a checkpoint with LoRA adapters, copies to `folder` what lies beneath them, so that `folder` is to the copied
+    checkpoint what the run is to `place`: base.json with the weights that adapters are merged into, recipe.json."""
+    weights = sorted(_weight_of(name) for name in read_state(place)["shapes"] if _is_a(name))
+    if not weights:
+        return
+    base = read_json(place.parent / "base.json")
+    tensors = {name: base["tensors"][name] for name in weights}
+    files = {entry["file"]: dict(base["files"][entry["file"]]) for entry in tensors.values()}
+    for file, entry in files.items():
+        entry["copy"] = _copy(folder, str(place.parent / entry["copy"]) if "copy" in entry else file, entry)
+    write_json(folder / "recipe.json", read_json(place.parent / "recipe.json"))
+    write_json(folder / "base.json", {"format": FORMAT, "files": files, "tensors": tensors})
+
+
+def _is_a(name: str) -> bool:
+    return ".lora_A." in name
+
+
+def _weight_of(a: str) -> str:
+    """The weight that the adapter matrix A of this name is merged into."""
+    return a.split(".lora_A.")[0] + ".weight"
 
 
 def _identity(run: Path, place: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -839,6 +866,7 @@ class CheckpointWeights:
         self.checkpoint = Checkpoint(path)
         if checksums:
             self.checkpoint.verify_checksums()
+        self._checksums = checksums
         self.step, self.state, self.path = self.checkpoint.step, self.checkpoint.state, self.checkpoint.path
         content = read_json(self.checkpoint.run / "recipe.json")
         self.recipe: dict[str, Any] = content["recipe"]
@@ -847,9 +875,9 @@ class CheckpointWeights:
         base = read_json(self.checkpoint.run / "base.json")
         shapes = self.checkpoint.shapes
         self.adapters: dict[str, tuple[str, str, float]] = {}
-        for a in (name for name in shapes if ".lora_A." in name):
+        for a in filter(_is_a, shapes):
             scale = float(self.state["lora"][a.split(".", 1)[0]])
-            self.adapters[a.split(".lora_A.")[0] + ".weight"] = (a, a.replace(".lora_A.", ".lora_B."), scale)
+            self.adapters[_weight_of(a)] = (a, a.replace(".lora_A.", ".lora_B."), scale)
         parts = {part for a, b, _ in self.adapters.values() for part in (a, b)}
         self._own = {name: shape for name, shape in shapes.items() if name not in parts}
         self.trained = {*self._own, *self.adapters}
@@ -982,9 +1010,9 @@ class CheckpointWeights:
             self._earlier[place] = Checkpoint(place)
         if entry["key"] in self._earlier[place].shapes:
             return self._earlier[place], entry
-        if entry["file"] not in self._merged:  # an adapter was merged into it, so it lies in that run's own base too
-            self._merged[entry["file"]] = _Merged(CheckpointWeights(entry["file"]))
-        return self._merged[entry["file"]], entry
+        if place not in self._merged:  # an adapter was merged into it, so what is beneath lies in that run's own base
+            self._merged[place] = _Merged(CheckpointWeights(place, checksums=self._checksums, without=("",)))
+        return self._merged[place], entry
 
     def _file(self, file: str) -> Any:
         if file not in self._open:

@@ -87,6 +87,12 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    of_a_model = {"--tokenizer": args.tokenizer, "--max-shard-size": args.max_shard_size, "--layout": args.layout}
+    given = [option for option, value in of_a_model.items() if value is not None]
+    if args.adapter is not None and given:
+        raise SetupError(
+            f"{', '.join(given)}: no effect with --adapter, whose weights are one file for {args.adapter}; leave it out"
+        )
     from nvlm_train.export.hf import export_command
 
     return export_command(args)
@@ -320,7 +326,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the LoRA adapters alone, as a peft folder for the exported folder BASE (default: merged)",
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder, where the recipe's has moved")
-    parser.add_argument("--max-shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="largest file (default: 4GB)")
     parser.add_argument(
         "--layout",
         choices=("published", "unpadded"),

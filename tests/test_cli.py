@@ -68,6 +68,11 @@ def test_the_overview_names_every_verb_and_ends_with_an_example(capsys):
             "--help` shows what it takes",
         ),
         (
+            ["export", "RUN", "OUT", "--adapter", "BASE", "--layout", "unpadded", "--max-shard-size", "1GB"],
+            "error: --max-shard-size, --layout: no effect with --adapter, whose weights are one file for BASE; leave it "
+            "out",
+        ),
+        (
             ["recipe", "check", "nowhere.yaml"],
             "error: nowhere.yaml: there is no such file; give the path of a recipe (YAML)",
         ),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nvlm_train.checkpoint import CheckpointWeights
+    from nvlm_train.model.pretrained import ModelFolder
     from nvlm_train.recipe.schema import Model
 
 log = get_logger(__name__)
@@ -43,11 +45,9 @@ def export_adapter(checkpoint: CheckpointWeights, out: str | Path, base: str | P
     out, base = Path(out), Path(base)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder; name a new one, nothing is overwritten")
-    tensors = adapter_tensors(checkpoint, base, dtype)
+    folder = _open_base(base, key_map.model_from_recipe(checkpoint.recipe))
+    tensors = adapter_tensors(checkpoint, folder.num_dummy_heads, dtype)
     config = adapter_config(checkpoint, base)
-    problems = _base_problems(tensors, base)
-    if problems:
-        raise CheckpointError(f"{base} is not the base of these adapters:\n  " + "\n  ".join(problems))
     readme = card.model_card(
         checkpoint.recipe, step=checkpoint.step, recipe_hash=checkpoint.state.get("recipe_hash"), dtype=dtype,
         earlier_run=checkpoint.earlier_run,
@@ -68,8 +68,8 @@ def export_adapter(checkpoint: CheckpointWeights, out: str | Path, base: str | P
     return out
 
 
-def adapter_tensors(checkpoint: CheckpointWeights, base: Path, dtype: str = "fp32") -> dict[str, Tensor]:
-    """Every tensor of the adapter folder by its name there. base: the folder that they are for."""
+def adapter_tensors(checkpoint: CheckpointWeights, num_dummy_heads: int, dtype: str = "fp32") -> dict[str, Tensor]:
+    """Every tensor of the adapter folder by its name there. num_dummy_heads: of the tower in the base."""
     import torch
 
     model, kind = key_map.model_from_recipe(checkpoint.recipe), getattr(torch, hf.DTYPES[dtype][0])
@@ -83,22 +83,12 @@ def adapter_tensors(checkpoint: CheckpointWeights, base: Path, dtype: str = "fp3
             "folder takes adapters and the projector: export it merged, without --adapter"
         )
     tensors = {_PREFIX + key_map.to_published(name): checkpoint.read(name).to(kind).contiguous() for name in whole}
-    heads = _dummy_heads(base)
     for weight, (a, b, _) in checkpoint.adapters.items():
         layer = _PREFIX + key_map.to_published(weight).removesuffix(".weight")
         read = checkpoint.checkpoint.read_master
-        tensors[f"{layer}.lora_A.weight"] = _columns(weight, read(a), model, heads).to(kind).contiguous()
-        tensors[f"{layer}.lora_B.weight"] = _rows(weight, read(b), model, heads).to(kind).contiguous()
+        tensors[f"{layer}.lora_A.weight"] = _columns(weight, read(a), model, num_dummy_heads).to(kind).contiguous()
+        tensors[f"{layer}.lora_B.weight"] = _rows(weight, read(b), model, num_dummy_heads).to(kind).contiguous()
     return tensors
-
-
-def _dummy_heads(base: Path) -> int:
-    """How many heads the folder stores behind the tower's real ones; the published config.json does not say."""
-    try:
-        vision = json.loads((base / "config.json").read_text(encoding="utf-8"))["vision_config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return key_map.NUM_DUMMY_HEADS  # what is wrong with the folder, `_base_problems` says
-    return int(vision.get("num_dummy_heads", key_map.NUM_DUMMY_HEADS))
 
 
 def _columns(weight: str, a: Tensor, model: Model, num_dummy_heads: int) -> Tensor:
@@ -142,24 +132,33 @@ def _plain(alpha: float) -> int | float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _base_problems(tensors: dict[str, Tensor], base: Path) -> list[str]:
-    """What of the adapters has no place, or one of another shape, in the folder `base`."""
-    from nvlm_train.export.verify import INDEX, _stored_tensors
+def _open_base(base: Path, model: Model) -> ModelFolder:
+    """The folder as training would read it. Raises CheckpointError where it is not a whole model of these sizes."""
+    from nvlm_train.model.pretrained import account, expected_shapes, open_model_folder
 
-    if not (base / INDEX).is_file():
-        return [f"it has no {INDEX}; right would be a folder that `nvlm-train export` wrote, or the published one"]
-    stored, problems = _stored_tensors(base)
-    for name, tensor in tensors.items():
-        layer, _, kind = name.removeprefix(_PREFIX).partition(".lora_")
-        weight = layer if not kind else f"{layer}.weight"
-        if weight not in stored:
-            problems.append(f"{weight} is not in it")
+    try:
+        folder = open_model_folder(base, model)
+        account(expected_shapes(model), folder, may_be_new=())
+    except CheckpointError as error:
+        raise CheckpointError(f"{base} is not the base of these adapters: {error}") from None
+    return folder
+
+
+def _base_problems(checkpoint: CheckpointWeights, base: ModelFolder) -> list[str]:
+    """Weights of the base that are not those the adapters were trained on, compared in the coarser type of the two."""
+    import torch
+    from tqdm import tqdm
+
+    beneath, problems = checkpoint.without_adapters(), []
+    frozen = [name for name in beneath.names() if name not in checkpoint.checkpoint.shapes]
+    for name in tqdm(frozen, desc="base", unit="tensor", file=sys.stderr, leave=False):
+        ours, theirs = beneath.read(name), base.read(name)
+        coarse = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+        if torch.equal(ours.to(coarse), theirs.to(coarse)):
             continue
-        shape = stored[weight]["shape"]
-        wanted = shape if not kind else (shape[1],) if kind.startswith("A") else (shape[0],)
-        found = tuple(tensor.shape) if not kind else (tensor.shape[1 if kind.startswith("A") else 0],)
-        if found != wanted:
-            problems.append(f"{weight} is {list(shape)}, {name} is {list(tensor.shape)}")
+        merged = name in checkpoint.adapters and torch.equal(checkpoint.read(name).to(coarse), theirs.to(coarse))
+        what = "has the adapter in it already: this is a merged export" if merged else "is not what lies beneath"
+        problems.append(f"{base.where(name)} {what}; name an export of the weights that the run started from")
     return problems
 
 
@@ -170,17 +169,24 @@ def verify_adapter(out: str | Path, checkpoint: CheckpointWeights, *, logits: bo
     """Compares an adapter folder with the checkpoint, in the form of `verify.verify`'s report: every tensor bit for
     bit, and the logits of base and adapters, loaded through transformers and peft, with those of the merged model."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from nvlm_train.export import verify
 
     out = Path(out)
-    config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
-    base = Path(config["base_model_name_or_path"])
-    stored = load_file(out / TENSORS)
+    try:
+        config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+        base = Path(config["base_model_name_or_path"])
+        stored = load_file(out / TENSORS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{out} is no complete adapter folder ({type(error).__name__}: {error}); export it again"
+        ) from error
+    folder = _open_base(base, key_map.model_from_recipe(checkpoint.recipe))
     kind = next(iter(stored.values())).dtype if stored else torch.float32
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(kind, "fp32")
-    expected = adapter_tensors(checkpoint, base, dtype)
+    expected = adapter_tensors(checkpoint, folder.num_dummy_heads, dtype)
     values = [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
     values += [f"{name} is not in the checkpoint" for name in sorted(stored.keys() - expected.keys())]
     for name in sorted(expected.keys() & stored.keys()):
@@ -203,7 +209,7 @@ def verify_adapter(out: str | Path, checkpoint: CheckpointWeights, *, logits: bo
 
     record(CONFIG, wrong, "as the run's recipe says")
     record("values", values, f"{len(stored)} tensors equal the checkpoint's bit for bit, all finite")
-    record("base", _base_problems(expected, base), f"{base} has a place for each")
+    record("base", _base_problems(checkpoint, folder), f"{base} holds what the adapters were trained on")
     report: dict[str, Any] = {
         "out": str(out),
         "tensors": len(stored),

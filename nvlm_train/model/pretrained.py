@@ -177,23 +177,26 @@ def open_language_model_folder(path: str | Path, lm: schema.LanguageModel) -> We
     return WeightFolder(entries)
 
 
-class _Unpadded:
-    """A folder in the published layout without the dummy heads of its tower."""
+class ModelFolder:
+    """A folder in the published layout without the dummy heads of its tower. Open it with `open_model_folder`.
+
+    num_dummy_heads: how many stand behind the real ones in the file.
+    """
 
     def __init__(self, folder: WeightFolder, vision: schema.Vision, num_dummy_heads: int) -> None:
-        self._folder, self._vision, self._num_dummy_heads = folder, vision, num_dummy_heads
+        self._folder, self._vision, self.num_dummy_heads = folder, vision, num_dummy_heads
 
     def names(self) -> list[str]:
         return self._folder.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return key_map.unpadded_shape(name, self._folder.shape(name), self._vision, self._num_dummy_heads)
+        return key_map.unpadded_shape(name, self._folder.shape(name), self._vision, self.num_dummy_heads)
 
     def dtype(self, name: str) -> torch.dtype:
         return self._folder.dtype(name)
 
     def read(self, name: str) -> Tensor:
-        return key_map.unpad(name, self._folder.read(name), self._vision, self._num_dummy_heads)
+        return key_map.unpad(name, self._folder.read(name), self._vision, self.num_dummy_heads)
 
     def read_slice(self, name: str, begin: int, end: int) -> Tensor:
         return self.read(name).reshape(-1)[begin:end]  # padded tensors are small, all others are not copied
@@ -202,10 +205,10 @@ class _Unpadded:
         return self._folder.where(name)
 
     def part(self, name: str) -> Part | None:
-        return key_map.real_part(name, self._vision, self._num_dummy_heads)
+        return key_map.real_part(name, self._vision, self.num_dummy_heads)
 
 
-def open_model_folder(path: str | Path, model: schema.Model) -> Weights:
+def open_model_folder(path: str | Path, model: schema.Model) -> ModelFolder:
     """A folder with a whole model: the published NVLM-D-72B, or an export of ours of the recipe's architecture.
 
     The tower's dummy heads are cut off, after it was looked at that they add nothing. What the published config.json
@@ -234,9 +237,15 @@ def open_model_folder(path: str | Path, model: schema.Model) -> Weights:
         _Check(
             "projector_layer_norm_eps", config.get("projector_layer_norm_eps", 1e-5), model.projector.layer_norm_eps,
             "layer_norm_eps",
-        )
+        ),
+        _Check("projector_norm", config.get("projector_norm", "layer_norm"), model.projector.norm, "norm"),
     ]  # fmt: skip
     problems += _compare(folder, checks, "model.projector")
+    if model.architecture != "nvlm_d":
+        there, wanted = _part(config, "cross_attention_config"), made_for(model, "cross_attention")
+        names = {key: {"every_layers": "layers"}.get(key, key) for key in wanted}
+        checks = [_Check(names[key], there.get(names[key], _MISSING), value, key) for key, value in wanted.items()]
+        problems += _compare(folder, checks, "model.cross_attention", "cross_attention_config.")
     vision, decoder = _part(config, "vision_config"), _part(config, "llm_config")
     kind = {"Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}.get(
         str((decoder.get("architectures") or [""])[0])
@@ -265,7 +274,29 @@ def open_model_folder(path: str | Path, model: schema.Model) -> Weights:
     weights = WeightFolder(entries)
     if num_dummy_heads:
         _check_dummy_heads(weights, model.vision, num_dummy_heads, folder)
-    return _Unpadded(weights, model.vision, num_dummy_heads)
+    return ModelFolder(weights, model.vision, num_dummy_heads)
+
+
+def made_for(model: schema.Model, module: str) -> dict[str, Any]:
+    """What a module's weights are made for and their shapes do not all tell, by the key of its section in a recipe:
+    under other heads, epsilons or places in the stack they are no longer the same module.
+
+    Of cross_attention.every_layers it is what follows: the decoder layers, from 0. Left out is what only a start or the
+    data concerns (what reads what, the longest sample).
+    """
+    if module != "cross_attention":
+        left_out = ("preset", "initializer_std", "max_position_embeddings")
+        return {key: value for key, value in getattr(model, module) if key not in left_out}
+    own, (heads, groups) = model.cross_attention, model.cross_attention_heads
+    return {
+        "every_layers": list(model.cross_attention_layers),
+        "place": own.place,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "gate": own.gate,
+        "feed_forward": own.feed_forward,
+        "memory_norm": own.memory_norm,
+    }
 
 
 def _part(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nvlm_train.model.dropout import Draws
@@ -39,9 +40,40 @@ def _kept_operators() -> frozenset[Any]:
     return frozenset({*operators, torch.ops.aten.add_.Tensor})
 
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operator in _kept_operators() or getattr(operator, "namespace", "") in _KEPT_LIBRARIES
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _is_kept(operator: Any) -> bool:
+    return operator in _kept_operators() or getattr(operator, "namespace", "") in _KEPT_LIBRARIES
+
+
+class _PastGathers(TorchDispatchMode):
+    """Shows torch's selective mode the operators that are kept and no others.
+
+    torch counts every operator of a layer and refuses a second run that has more of one kind. ZeRO-3's gathers run
+    inside layers, but not in the same ones each time: a weight may be there already in forward (a tower that is called twice, a prefetch) and be
+    gathered in backward.
+    """
+
+    def __init__(self, mode: Any) -> None:
+        super().__init__()
+        self.mode = mode
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_kept(func):
+            return self.mode.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+def _selective() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of a layer's first and second run."""
+
+    def keep(*_: Any, **__: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE
+
+    first, second = create_selective_checkpoint_contexts(keep, allow_cache_entry_mutation=True)
+    return _PastGathers(first), _PastGathers(second)
 
 
 class Recompute:
@@ -62,9 +94,7 @@ class Recompute:
             return out
         options: dict[str, Any] = {}
         if self.mode == "selective":
-            contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
-            contexts = partial(create_selective_checkpoint_contexts, _policy, allow_cache_entry_mutation=True)
-            options["context_fn"] = contexts
+            options["context_fn"] = _selective
         function: Callable[..., Tensor] = layer if self.draws is None else self.draws.kept_for(layer)
         out = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
         return out

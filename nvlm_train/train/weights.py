@@ -16,12 +16,13 @@ from nvlm_train.engine.optim import module_of
 from nvlm_train.errors import CheckpointError
 from nvlm_train.hub import fetch, local_folder
 from nvlm_train.log import get_logger
-from nvlm_train.model import lora
+from nvlm_train.model import key_map, lora
 from nvlm_train.model.pretrained import (
     Account,
     Weights,
     account,
     expected_shapes,
+    made_for,
     merge,
     open_language_model_folder,
     open_model_folder,
@@ -69,11 +70,12 @@ def open_weights(recipe: Recipe, goes_on_from: Path | None = None) -> Weights:
             "cross_attention.": begin.model,
         }
         without = tuple(prefix for prefix, by in brought.items() if by is not None)
-        opened = checkpoint.open_checkpoint(local_folder(begin.run.path), without=without)
+        opened = checkpoint.open_checkpoint(_run_folder(begin.run.path), without=without)
         earlier, trained = opened, opened.trained
         if begin.adapters == "continue":
             _check_continued(recipe, opened)
             earlier, trained = opened.without_adapters(), set(opened.checkpoint.shapes)
+        _check_earlier_model(recipe, opened, sorted({module_of(name) for name in earlier.names()}))
         parts.append(_Only(earlier, sorted(set(earlier.names()) - trained)))
     if begin.model is not None:
         parts.append(open_model_folder(_weights_folder(begin.model.path, "model"), recipe.model))
@@ -85,6 +87,30 @@ def open_weights(recipe: Recipe, goes_on_from: Path | None = None) -> Weights:
     if earlier is not None:
         parts.append(_Only(earlier, sorted(trained)))
     return merge(*parts)
+
+
+def _check_earlier_model(recipe: Recipe, earlier: checkpoint.CheckpointWeights, modules: Sequence[str]) -> None:
+    """Raises CheckpointError where modules that an earlier run brings are not the recipe's: shapes do not tell it all.
+
+    NVLM-H may start from an NVLM-D: it has the same projector, and at closed gates it is one over the thumbnails.
+    """
+    there, here = key_map.model_from_recipe(earlier.recipe), recipe.model
+    if there.architecture != here.architecture and (there.architecture, here.architecture) != ("nvlm_d", "nvlm_h"):
+        raise CheckpointError(
+            f"init_from.run {earlier.path} is an {there.architecture}, model.architecture is {here.architecture!r}; "
+            "name a run of this architecture, or the backbones alone in init_from.vision and init_from.language_model"
+        )
+    problems = [
+        f"model.{module}.{name} is {value!r} in that run, but {wanted!r} in the recipe"
+        for module in modules
+        for (name, value), wanted in zip(made_for(there, module).items(), made_for(here, module).values(), strict=True)
+        if value != wanted
+    ]
+    if problems:
+        raise CheckpointError(
+            f"init_from.run {earlier.path} holds another model:\n  " + "\n  ".join(problems)
+            + "\nwrite the same into the recipe, or name other weights"
+        )  # fmt: skip
 
 
 def _check_continued(recipe: Recipe, earlier: checkpoint.CheckpointWeights) -> None:
@@ -112,6 +138,16 @@ def _weights_folder(path: str, name: str) -> Path:
     folder = local_folder(path)
     if (folder / "recipe.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(f"init_from.{name}: {folder} is a run of ours; name it in init_from.run")
+    return folder
+
+
+def _run_folder(path: str) -> Path:
+    folder = local_folder(path)
+    if (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"init_from.run: {folder} is a folder of weights, no run of ours; name it in init_from.model, .vision or "
+            ".language_model"
+        )
     return folder
 
 
@@ -170,7 +206,7 @@ def fetch_command(args: Namespace) -> int:
     fetched = {path: _facts(folder) for path, folder in folders.items()}
     table: list[str] = []
     earlier, missing = loaded.recipe.init_from.run, None
-    if earlier is not None and not checkpoint.is_run(local_folder(earlier.path)):
+    if earlier is not None and not _has_begun(local_folder(earlier.path)):
         missing = f"init_from.run {earlier.path} is not there yet; the weights are compared with the model when it is"
     else:
         weights = open_weights(loaded.recipe)
@@ -185,6 +221,11 @@ def fetch_command(args: Namespace) -> int:
     for line in table or [str(missing)]:
         print(line)
     return 0
+
+
+def _has_begun(run: Path) -> bool:
+    """Whether something can be opened behind init_from.run, right or wrong; stage 2 may be fetched before stage 1."""
+    return checkpoint.is_run(run) or (run.is_dir() and not (run / "recipe.json").is_file())
 
 
 def _facts(folder: Path) -> Mapping[str, Any]:

@@ -175,6 +175,21 @@ def test_checkpointing_changes_nothing(trained: bool) -> None:
     assert float(results[0][1]["projector.fc1.weight"].norm()) > 0  # passes through a frozen decoder
 
 
+def test_selective_recompute_minds_only_what_it_keeps() -> None:
+    """ZeRO-3 gathers inside a layer's second run what may have been there already in the first."""
+    model = make_model(activation_checkpointing="selective")
+    layer, calls = model.language_model.model.layers[1], [0]
+
+    def gather(*_: object) -> None:
+        calls[0] += 1
+        if calls[0] == 2:  # operators that the first run did not have, and more of one that it had
+            torch.zeros(32 * 32).view(32, 32).tril().view(-1)
+
+    layer.mlp.register_forward_pre_hook(gather)
+    model(pack([[(11, 1), (9, 0)]])).backward()
+    assert calls == [2] and all(p.grad is not None for p in layer.parameters())
+
+
 def head_and_rows(labelled: int) -> tuple[LmHead, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     head = LmHead(make_config().language_model)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from helpers import run_distributed
+from helpers import TESTS, run_distributed
 from nvlm_train import checkpoint
 from nvlm_train.model.lora import is_adapter
+from nvlm_train.recipe.load import load_recipe
+from nvlm_train.recipe.resolve import recipe_to_dict
 from runs import steps, trajectory, validations, write_inputs
+
+sys.path.insert(0, str(TESTS / "export"))
+from tiny_nvlm import random_weights
 
 JOBS = "train/train_jobs.py:"
 LORA = [
@@ -130,8 +137,12 @@ def test_exports_merged_and_as_an_adapter(whole: Path, tmp_path: Path) -> None:
     assert (config["peft_type"], config["modules_to_save"]) == ("LORA", ["mlp1"])
     # a base of another size is refused by name, and so is a run without adapters
     (tmp_path / "empty").mkdir()
-    with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors\.index\.json"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"is not the base of these adapters: .* has no config\.json"):
         adapter.export_adapter(weights, tmp_path / "again", tmp_path / "empty")
+    # the merged export of the same run fits in every shape, but has the adapters in it already
+    twice = adapter.export_adapter(weights, tmp_path / "twice", out)
+    problems = adapter.verify_adapter(twice, weights, logits=False)["problems"]
+    assert len(problems) == len(weights.adapters) and "q_proj.weight has the adapter in it already" in str(problems)
     # one value changed shows
     file = folder / "adapter_model.safetensors"
     from safetensors.torch import load_file, save_file
@@ -143,6 +154,76 @@ def test_exports_merged_and_as_an_adapter(whole: Path, tmp_path: Path) -> None:
         "its values are not the checkpoint's" in problem
         for problem in adapter.verify_adapter(folder, weights)["problems"]
     )
+    file.write_bytes(b"cut off")
+    with pytest.raises(checkpoint.CheckpointError, match="adapter is no complete adapter folder"):
+        adapter.verify_adapter(folder, weights)
+
+
+@pytest.mark.parametrize("architecture", ["nvlm_x", "nvlm_h"])
+def test_adapters_of_x_and_h_are_exported_for_the_model_they_started_from(
+    inputs: Path, tmp_path: Path, architecture: str
+) -> None:
+    """An export is the base that the run starts from and that peft puts the adapters onto; merged is the same.
+
+    Recomputed selectively, with a tower that is called several times in a micro-step: under ZeRO-3 its weights are
+    gathered inside the first call, and in backward inside the last.
+    """
+    from nvlm_train.export import adapter, hf, verify
+
+    model = [f"model.architecture={architecture}", "data.pack_tiles=48", "init_from.vision=null",
+             "init_from.language_model=null", "model.cross_attention={every_layers: 1, gate_init: 0.5}"]  # fmt: skip
+    before = recipe_to_dict(load_recipe(inputs, model).recipe)
+    base = hf.export(random_weights(before, 3), before, tmp_path / "base")
+    options = [*LORA, "train.cross_attention=lora", "train.lora.cross_attention={rank: 3, targets: [q_proj, v_proj]}"]
+    out = tmp_path / "run"
+    assert run(inputs, out, *model, *options, f"init_from.model={base}", "max_steps=2", "validation=null",
+               "activation_checkpointing=selective", "vision_tiles_per_chunk=5",
+               "schedule.warmup_steps=0", ranks=1) == (0, "")  # fmt: skip
+    weights = checkpoint.open_checkpoint(out, checksums=True)
+    folder = adapter.export_adapter(weights, tmp_path / "adapter", base)
+    report = adapter.verify_adapter(folder, weights)
+    assert report["ok"] and len(report["logits"]) == 5, report["problems"]
+    named = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    assert sum(name.startswith("cross_attention.layers.") for name in named) == 2 * 2
+    merged = hf.export(weights, weights.recipe, tmp_path / "merged")
+    assert verify.verify(merged, weights, weights.recipe)["ok"]
+    assert not verify.verify(base, weights, weights.recipe)["ok"]  # and not what it was before
+
+
+def test_copies_hold_what_lies_beneath_merged_adapters(inputs: Path, tmp_path: Path) -> None:
+    """Adapters of two earlier runs are merged into what the last one freezes; with copies it needs neither run."""
+    started = tmp_path / "started"
+    shutil.copytree(inputs.parent / "vision", started / "vision")
+    shutil.copytree(inputs.parent / "language_model", started / "language_model")
+    folders = [f"init_from.{part}={started / part}" for part in ("vision", "language_model")]
+    one = ["max_steps=1", "validation=null", "schedule.warmup_steps=0", "optimizer.module_lr=null"]
+    lora, copy = [*LORA[:2], "optimizer.lr=1.0e-2"], "checkpoint.base=copy"
+    start = ["init_from.vision=null", "init_from.language_model=null"]
+    assert run(inputs, started / "a", *folders, *one, *lora, copy, ranks=1) == (0, "")
+    assert run(inputs, started / "b", *start, f"init_from.run={started / 'a'}", *one, *lora, ranks=1) == (0, "")
+    last = [*start, f"init_from.run={started / 'b'}", "train.language_model=frozen", *one, copy]
+    assert run(inputs, tmp_path / "c", *last, ranks=1) == (0, "")
+    first = checkpoint.open_checkpoint(started / "a")
+    assert first.self_contained
+    weights = checkpoint.open_checkpoint(tmp_path / "c", checksums=True)
+    assert weights.self_contained and not weights.adapters
+    expected = {name: weights.read(name).clone() for name in weights.names()}
+    name = "language_model.model.layers.1.mlp.down_proj.weight"
+    assert not torch.equal(expected[name], first.read(name))  # the second run's adapter is in it too
+    shutil.move(started, tmp_path / "gone")
+    again = checkpoint.open_checkpoint(tmp_path / "c", checksums=True)
+    assert all(torch.equal(again.read(name), value) for name, value in expected.items())
+    assert run(inputs, tmp_path / "c", *last, "max_steps=2", ranks=1, accept=["max_steps"]) == (0, "")
+    shutil.move(tmp_path / "c", tmp_path / "moved")
+    again = checkpoint.open_checkpoint(tmp_path / "moved", checksums=True)
+    assert torch.equal(again.read(name), expected[name])
+    # what lies beneath is compared with its checksum, too
+    file = next((tmp_path / "moved" / "base").glob("*/base/*/base/*/model.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors has changed"):
+        checkpoint.open_checkpoint(tmp_path / "moved", checksums=True).read(name)
 
 
 class _Beneath:

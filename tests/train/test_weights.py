@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from nvlm_train.model.pretrained import expected_shapes, part_of
 from nvlm_train.recipe.load import load_recipe
 from nvlm_train.recipe.resolve import recipe_to_dict
 from nvlm_train.recipe.schema import Recipe
-from nvlm_train.train.weights import account_for_weights, account_table, open_weights
+from nvlm_train.train.weights import account_for_weights, account_table, fetch_command, open_weights
 
 torch.set_num_threads(1)
 
@@ -141,3 +143,57 @@ def test_what_is_named_in_the_wrong_place_is_told(tmp_path: Path) -> None:
         open_weights(recipe(tmp_path, f"init_from.model={tmp_path / 'v'}"))
     with pytest.raises(CheckpointError, match="does not exist"):
         open_weights(recipe(tmp_path, "init_from.model=nowhere"))
+    with pytest.raises(
+        CheckpointError, match=r"init_from\.run: .*v is a folder of weights.* name it in init_from\.model"
+    ):
+        open_weights(recipe(tmp_path, f"init_from.run={tmp_path / 'v'}"))
+    # so does fetch, which waits only for a run that is not there yet
+    for place, code in (("v", "CheckpointError"), ("run", 0), ("later", 0)):
+        told = Namespace(recipe=str(tmp_path / "r.yaml"), overrides=[f"init_from.run={tmp_path / place}"], json=True)
+        if code == 0:
+            assert fetch_command(told) == 0
+        else:
+            with pytest.raises(CheckpointError, match="is a folder of weights"):
+                fetch_command(told)
+
+
+def test_what_shapes_do_not_tell_is_compared_with_the_earlier_run(tmp_path: Path) -> None:
+    """The same shapes under other heads, another place in the stack or another rope are another model."""
+    base = [
+        "model.architecture=nvlm_x",
+        "model.language_model.num_hidden_layers=4",
+        "model.cross_attention.every_layers=3",
+    ]
+    of = recipe(tmp_path, *base, f"init_from.vision={tmp_path / 'v'}", f"init_from.language_model={tmp_path / 'l'}")
+    write_internvit_folder(tmp_path / "v", of.model.vision)
+    write_qwen2_folder(tmp_path / "l", of.model.language_model)
+    save_run(tmp_path / "run", of, ("projector.", "cross_attention."), open_weights(of))
+    base.append(f"init_from.run={tmp_path / 'run'}")
+    later = recipe(
+        tmp_path, *base, "model.cross_attention.gate_init=0.3", "model.cross_attention.text_reads=last_image",
+        "model.language_model.max_position_embeddings=1024",
+    )  # fmt: skip
+    account_for_weights(later, open_weights(later))  # what only a start or the data concerns may differ
+    other = {
+        "model.cross_attention.every_layers=4": "cross_attention.every_layers is [2] in that run, but [3]",
+        "model.cross_attention.place=after": "cross_attention.place is 'between' in that run, but 'after'",
+        "model.cross_attention={num_attention_heads: 8, num_key_value_heads: 4, every_layers: 3}":
+            "cross_attention.num_attention_heads is 4 in that run, but 8",
+        "model.projector.layer_norm_eps=1.0e-3": "projector.layer_norm_eps is 1e-05 in that run, but 0.001",
+        "model.language_model.rope_theta=5.0e+5": "language_model.rope_theta is 1000000.0 in that run, but 500000.0",
+        "model.vision.num_attention_heads=6": "vision.num_attention_heads is 3 in that run, but 6",
+        "model.architecture=nvlm_h": "is an nvlm_x, model.architecture is 'nvlm_h'",
+    }  # fmt: skip
+    for override, message in other.items():
+        changed = recipe(tmp_path, *base, override)
+        assert (
+            set(expected_shapes(changed.model).values()) == set(expected_shapes(of.model).values()) or "_h" in override
+        )
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            open_weights(changed)
+    # a folder that brings the decoder is compared by its own config.json, so the run's does not matter
+    write_qwen2_folder(
+        tmp_path / "other", recipe(tmp_path, *base, "model.language_model.rope_theta=5.0e+5").model.language_model
+    )
+    brought = [*base, "model.language_model.rope_theta=5.0e+5", f"init_from.language_model={tmp_path / 'other'}"]
+    open_weights(recipe(tmp_path, *brought))

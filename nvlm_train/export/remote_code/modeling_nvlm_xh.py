@@ -261,11 +261,15 @@ class NVLM_X_Model(NVLM_D_Model):
         memory_tiles: Tensor | None = None,
         memory_tags: Tensor | None = None,
         labels: Tensor | None = None,
+        inputs_embeds: None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits [B, S, V], and the mean loss where `labels` [B, S] are given (not shifted; -100 carries none)."""
-        if input_ids is None:
-            raise ValueError("forward needs input_ids")
+        """Logits [B, S, V], and the mean loss where `labels` [B, S] are given (not shifted; -100 carries none).
+
+        inputs_embeds is None always; it is there because peft names it in every call.
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("forward needs input_ids, and no inputs_embeds: who reads what follows from the tokens")
         prepared = self.prepare(input_ids, attention_mask, pixel_values, reads, memory_tiles, memory_tags)
         return self.language_model(
             attention_mask=attention_mask, position_ids=position_ids, labels=labels, **prepared, **kwargs
