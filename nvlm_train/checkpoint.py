@@ -35,6 +35,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -579,6 +580,13 @@ class _DataOnlyUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+class Slice(NamedTuple):
+    """A piece of a flattened tensor that can be had alone. bytes: of memory that it takes; 0 where a file is mapped."""
+
+    bytes: int
+    load: Callable[[], Tensor]
+
+
 class _Reader(FileSystemReader):
     """DCP's reader with the safe unpickler; reads the metadata once."""
 
@@ -593,6 +601,31 @@ class _Reader(FileSystemReader):
         if getattr(self._metadata, "storage_meta", None) is None:
             self._metadata.storage_meta = StorageMeta()
         return self._metadata
+
+    def slices(self, key: str) -> list[Slice]:
+        """What the ranks wrote of the flattened tensor "KEY/NAME", in order. Loading one reads nothing else."""
+        metadata = self.read_metadata()
+        stored = metadata.state_dict_metadata[key]
+        assert isinstance(stored, TensorStorageMetadata) and metadata.storage_data is not None
+        found, end = [], 0
+        for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets[0]):
+            if chunk.offsets[0] != end:
+                break
+            end += chunk.sizes[0]
+            size = chunk.sizes[0] * stored.properties.dtype.itemsize
+            found.append(Slice(size, partial(self._load, metadata.storage_data[MetadataIndex(key, chunk.offsets)])))
+        if end != stored.size[0]:
+            raise CheckpointError(f"{self.path}: the slices of {key} leave a gap at element {end} of {stored.size[0]}")
+        return found
+
+    def _load(self, place: _StorageInfo) -> Tensor:
+        file = Path(self.path) / place.relative_path
+        try:
+            with file.open("rb") as stream:
+                tensor: Tensor = torch.load(self._slice_file(stream, place), map_location="cpu", weights_only=True)
+                return tensor
+        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{file} cannot be read at byte {place.offset:,}: {_cause(error)}") from None
 
 
 @contextmanager
@@ -697,6 +730,10 @@ class Checkpoint:
         """One trained parameter in its full shape: the fp32 master, of a milestone its bf16 rounding."""
         shape = self.shapes[name]
         return self.read_many({(name, "master"): (0, shape.numel())})[name, "master"].view(shape)
+
+    def slices(self, name: str) -> list[Slice]:
+        """The flattened `read_master` in the pieces that the ranks wrote."""
+        return self._reader.slices(f"master/{name}")
 
     def read_slice(self, name: str, begin: int, end: int) -> Tensor:
         """Elements begin to end of the flattened `read_master`, cut where it ends; only they are read."""
@@ -883,6 +920,14 @@ class CheckpointWeights:
         if wrong:
             raise CheckpointError("frozen weights of this run cannot be used:\n  " + "\n  ".join(wrong))
 
+    @property
+    def identity(self) -> str:
+        """What this checkpoint holds, as a hash: of its manifest, of its frozen weights' origin, and of the recipe."""
+        digest = hashlib.sha256()
+        for file in (self.path / "state.json", self.checkpoint.run / "base.json", self.checkpoint.run / "recipe.json"):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
     def names(self) -> list[str]:
         return [*self._own, *self._frozen]
 
@@ -934,6 +979,19 @@ class CheckpointWeights:
     def _read_frozen_slice(self, name: str, begin: int, end: int) -> Tensor:
         earlier, entry = self._frozen_place(name)
         return earlier.read_slice(entry["key"], begin, end) if earlier else self._read_frozen(name).flatten()[begin:end]
+
+    def slices(self, name: str) -> list[Slice]:
+        """The flattened `read` in pieces, in order: what each rank wrote; all of a tensor that lies in a file, mapped,
+        or that must be made in memory (with an adapter in it)."""
+        if name in self._own:
+            return self.checkpoint.slices(name)
+        if name not in self.adapters:
+            earlier, entry = self._frozen_place(name)
+            if isinstance(earlier, Checkpoint):
+                return earlier.slices(entry["key"])
+            if earlier is None and "part" not in entry:
+                return [Slice(0, lambda: self._read_frozen(name).flatten())]
+        return [Slice(4 * self.shape(name).numel(), lambda: self.read(name).flatten())]
 
     def _read_merged_slice(self, name: str, begin: int, end: int) -> Tensor:
         """The rows that hold the slice are merged, no others."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nvlm_train.errors import CheckpointError
-from nvlm_train.export import hf, verify
+from nvlm_train.export import shards, verify
 from nvlm_train.model import key_map
 from nvlm_train.model.pretrained import expected_shapes
 from nvlm_train.recipe.schema import LANGUAGE_MODEL_PRESETS, VISION_PRESETS, Model
@@ -45,8 +45,8 @@ def test_72b_has_the_published_names_shapes_and_count() -> None:
     assert shapes["vision_model.encoder.layers.0.attn.q_norm.weight"] == (4096,)
     assert shapes["vision_model.encoder.layers.0.attn.proj.weight"] == (3200, 4096)
     assert shapes["mlp1.1.weight"] == (29568, 12800)
-    shards = hf.plan_shards(FULL_SIZE, "bf16", 4 * 10**9)
-    assert sum(size for shard in shards for _, _, size in shard) == 158_759_186_688
+    planned = shards.plan_shards(FULL_SIZE, "bf16", 4 * 10**9)
+    assert sum(tensor.bytes for shard in planned for tensor in shard) == 158_759_186_688
     # the list that verify was given independently
     config = {
         "architectures": ["NVLM_D"],
