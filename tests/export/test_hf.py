@@ -135,6 +135,8 @@ def test_tied_heads_are_left_out_and_said_so(tmp_path: Path, tokenizer_folder: P
     assert config["tie_word_embeddings"] is True and config["llm_config"]["tie_word_embeddings"] is True
     report = verify.verify(out, tied, recipe)
     assert report["ok"] and report["logits"], report["problems"]
+    results = verify.compare_logits(out, tied, key_map.model_from_recipe(recipe), config, streamed=True)
+    assert all(result["max_difference"] <= result["tolerance"] / 4 for result in results.values())
 
 
 def test_out_that_holds_something_is_refused(tmp_path: Path, recipe: dict[str, Any], weights: MemoryWeights) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -358,16 +359,16 @@ def test_logits_are_compared_layer_by_layer_where_memory_is_short(
     """Neither side ever holds more than a module with weights, and what is around it; every tensor is read once."""
     most, reads = {"ours": 0, "theirs": 0}, []
 
+    def look(side: str, model: Any, forward: Any, *args: Any, **more: Any) -> Any:
+        most[side] = max(most[side], in_memory(model))
+        return forward(*args, **more)
+
     def watched(side: str, model: Any) -> Any:
         for module in model.modules():
             if next(module.parameters(recurse=False), None) is not None:
                 inner = "_old_forward" if side == "theirs" and hasattr(module, "_old_forward") else "forward"
 
-                def forward(*args: Any, real: Any = getattr(module, inner), **more: Any) -> Any:
-                    most[side] = max(most[side], in_memory(model))
-                    return real(*args, **more)
-
-                setattr(module, inner, forward)
+                setattr(module, inner, partial(look, side, model, getattr(module, inner)))
         return model
 
     class Read(MemoryWeights):
@@ -390,7 +391,7 @@ def test_logits_are_compared_layer_by_layer_where_memory_is_short(
     assert largest <= most["ours"] <= largest + beside
     assert largest <= most["theirs"] <= largest + kept + beside
     everything = sum(tensor.numel() for tensor in weights.tensors.values())
-    assert everything > 5 * most["theirs"]
+    assert everything > 4 * most["theirs"]
 
 
 def test_layer_by_layer_a_wrong_value_is_seen(copy: Path, weights: MemoryWeights, recipe: dict[str, Any]) -> None:
