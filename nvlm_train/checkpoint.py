@@ -24,6 +24,7 @@ import io
 import json
 import logging
 import math
+import mmap
 import os
 import pickle
 import platform
@@ -603,7 +604,7 @@ class _Reader(FileSystemReader):
         return self._metadata
 
     def slices(self, key: str) -> list[Slice]:
-        """What the ranks wrote of the flattened tensor "KEY/NAME", in order. Loading one reads nothing else."""
+        """What the ranks wrote of the flattened tensor "KEY/NAME", in order."""
         metadata = self.read_metadata()
         stored = metadata.state_dict_metadata[key]
         assert isinstance(stored, TensorStorageMetadata) and metadata.storage_data is not None
@@ -612,19 +613,24 @@ class _Reader(FileSystemReader):
             if chunk.offsets[0] != end:
                 break
             end += chunk.sizes[0]
-            size = chunk.sizes[0] * stored.properties.dtype.itemsize
-            found.append(Slice(size, partial(self._load, metadata.storage_data[MetadataIndex(key, chunk.offsets)])))
+            place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            found.append(Slice(0, partial(self._map, place, stored.properties.dtype, chunk.sizes[0])))
         if end != stored.size[0]:
             raise CheckpointError(f"{self.path}: the slices of {key} leave a gap at element {end} of {stored.size[0]}")
         return found
 
-    def _load(self, place: _StorageInfo) -> Tensor:
+    def _map(self, place: _StorageInfo, dtype: torch.dtype, count: int) -> Tensor:
+        """A stored slice, [count], mapped from its file: torch.save puts the plain numbers into one record."""
         file = Path(self.path) / place.relative_path
         try:
             with file.open("rb") as stream:
-                tensor: Tensor = torch.load(self._slice_file(stream, place), map_location="cpu", weights_only=True)
-                return tensor
-        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+                archive: Any = torch._C.PyTorchFileReader(self._slice_file(stream, place))
+                if archive.get_record_size("data/0") != count * dtype.itemsize:
+                    raise ValueError(f"it holds other than {count:,} values of {dtype}")
+                begin = place.offset + archive.get_record_offset("data/0")
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+                return torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin)
+        except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read at byte {place.offset:,}: {_cause(error)}") from None
 
 
@@ -732,7 +738,7 @@ class Checkpoint:
         return self.read_many({(name, "master"): (0, shape.numel())})[name, "master"].view(shape)
 
     def slices(self, name: str) -> list[Slice]:
-        """The flattened `read_master` in the pieces that the ranks wrote."""
+        """The flattened `read_master` in the pieces that the ranks wrote, mapped: no memory is needed for them."""
         return self._reader.slices(f"master/{name}")
 
     def read_slice(self, name: str, begin: int, end: int) -> Tensor:

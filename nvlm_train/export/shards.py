@@ -1,8 +1,8 @@
 """The weights of an export: safetensors files, written in pieces from whatever holds the weights.
 
-A tensor is never whole in memory. It comes in the slices that the ranks wrote, each of which is converted and written a
-few megabytes at a time, so that memory is the largest slice, or what may be in memory at once where several shards are
-written together, whatever the model's size.
+Tensors are not read into memory. The slices that the ranks wrote, and files of frozen weights, are mapped, converted
+and written a few megabytes at a time, so that memory is the same whatever the model's size. Only what must be computed
+is made as a whole: a weight with a LoRA adapter in it, and the tower's attention with its dummy heads.
 
 A finished shard is on disk, fsynced and in DONE with its SHA-256 before the next thing happens to it. An export that
 was interrupted goes on with those that still have that checksum.
@@ -42,8 +42,8 @@ log = get_logger(__name__)
 DTYPES = {"bf16": ("bfloat16", "BF16", 2), "fp32": ("float32", "F32", 4)}  # torch's name, safetensors' name, bytes
 DONE, LOCK = "done.json", ".lock"  # in the folder of an export under way
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-_AT_ONCE = 256 * 2**20  # bytes of slices in memory, unless one alone is larger
-_PIECE = 2**21  # elements that are converted at a time
+_AT_ONCE = 256 * 2**20  # bytes of computed tensors in memory, unless one alone is larger
+_PIECE = 2**20  # elements that are converted at a time
 _THREADS = 4
 
 
@@ -232,7 +232,7 @@ def _pieces(
     def converted(flat: Tensor) -> Iterator[Tensor]:
         for part in flat.split(_PIECE):
             part = part.to(to)
-            if not bool(torch.isfinite(part).all()):
+            if not all(math.isfinite(bound) for bound in torch.aminmax(part)):  # NaN comes through
                 raise CheckpointError(
                     f"{name} in {weights.where(name)} holds NaN or infinite values; it is not exported"
                 )
