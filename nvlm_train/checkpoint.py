@@ -30,6 +30,7 @@ import pickle
 import platform
 import re
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -129,6 +130,23 @@ def sha256(path: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sha256_of(files: Sequence[Path], desc: str | None = None) -> list[str]:
+    """SHA-256 of several files at once, in their order. desc: for a progress bar; None: without."""
+    from tqdm import tqdm
+
+    sizes = [file.stat().st_size for file in files]
+    with (
+        ThreadPoolExecutor(4) as pool,
+        tqdm(total=sum(sizes), desc=desc, disable=desc is None, unit="B", unit_scale=True, file=sys.stderr,
+             leave=False, delay=2) as progress,
+    ):  # fmt: skip
+        found = []
+        for digest, size in zip(pool.map(sha256, files), sizes, strict=True):
+            found.append(digest)
+            progress.update(size)
+        return found
 
 
 # ------------------------------------------------------------------------------------------------- finding checkpoints
@@ -701,15 +719,14 @@ class Checkpoint:
         self._reader = _Reader(self.path / "weights")
         self._reader.read_metadata()
 
-    def verify_checksums(self, part: int = 0, parts: int = 1) -> None:
+    def verify_checksums(self, part: int = 0, parts: int = 1, desc: str | None = None) -> None:
         """Compares the files with the manifest's SHA-256, of several ranks each its part of them.
 
-        Raises CheckpointError naming those that differ.
+        desc: for a progress bar. Raises CheckpointError naming the files that differ.
         """
         files = {name: self.state["files"][name] for name in list(self.state["files"])[part::parts]}
-        with ThreadPoolExecutor(4) as pool:
-            sums = pool.map(lambda name: sha256(self.path / "weights" / name), files)
-            wrong = [name for name, found in zip(files, sums, strict=True) if found != files[name]["sha256"]]
+        sums = sha256_of([self.path / "weights" / name for name in files], desc)
+        wrong = [name for name, found in zip(files, sums, strict=True) if found != files[name]["sha256"]]
         if wrong:
             raise CheckpointError(f"{self.path / 'weights'}: checksum differs from the manifest in {', '.join(wrong)}")
 
@@ -881,7 +898,7 @@ class CheckpointWeights:
     def __init__(self, path: str | Path, *, checksums: bool = False, without: tuple[str, ...] = ()) -> None:
         self.checkpoint = Checkpoint(path)
         if checksums:
-            self.checkpoint.verify_checksums()
+            self.checkpoint.verify_checksums(desc="checksums")
         self.step, self.state, self.path = self.checkpoint.step, self.checkpoint.state, self.checkpoint.path
         content = read_json(self.checkpoint.run / "recipe.json")
         self.recipe: dict[str, Any] = content["recipe"]

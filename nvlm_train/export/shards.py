@@ -117,7 +117,7 @@ def fingerprint(identity: str | None, shards: list[list[Planned]], dtype: str) -
 def finished(folder: Path, wanted: str | None) -> dict[str, str]:
     """{file: SHA-256} of the shards in `folder` that an interrupted export of the same `fingerprint` has finished and
     that are still what it wrote. Removes everything else there."""
-    from nvlm_train.checkpoint import sha256
+    from nvlm_train.checkpoint import sha256_of
 
     try:
         record = json.loads((folder / DONE).read_text(encoding="utf-8"))
@@ -125,9 +125,8 @@ def finished(folder: Path, wanted: str | None) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError):
         listed = {}
     there = {name: digest for name, digest in listed.items() if (folder / name).is_file()}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda name: sha256(folder / name), there)
-        kept = {name: there[name] for name, digest in zip(there, found, strict=True) if digest == there[name]}
+    found = sha256_of([folder / name for name in there], "checksums")
+    kept = {name: there[name] for name, digest in zip(there, found, strict=True) if digest == there[name]}
     for path in folder.iterdir():
         if path.name not in (*kept, LOCK):
             path.unlink()

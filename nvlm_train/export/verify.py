@@ -15,7 +15,6 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -126,7 +125,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _checksum_problems(out: Path) -> list[str]:
     """Files that are not what the export wrote, and files that it did not write; the card may change."""
-    from nvlm_train.checkpoint import sha256
+    from nvlm_train.checkpoint import sha256_of
 
     lines = (out / hf.CHECKSUMS).read_text(encoding="utf-8").splitlines()
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -134,9 +133,8 @@ def _checksum_problems(out: Path) -> list[str]:
     problems = [f"{name} is missing" for name in sorted(set(listed) - files)]
     problems += [f"{name} is not named there" for name in sorted(files - set(listed))]
     common = sorted(files & set(listed))
-    with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda name: sha256(out / name), common)
-        changed = [name for name, digest in zip(common, found, strict=True) if digest != listed[name]]
+    found = sha256_of([out / name for name in common], "checksums")
+    changed = [name for name, digest in zip(common, found, strict=True) if digest != listed[name]]
     return problems + [f"{name} has changed since the export" for name in changed]
 
 
@@ -411,6 +409,7 @@ def compare_logits(
     Returns {input: {"max_difference", "largest" logit, "tolerance"}}; a padded position is not compared.
     """
     import torch
+    from tqdm import tqdm
 
     prompts = fixed_prompts(model, config["image_token_id"])
     together = list(prompts.values())
@@ -423,10 +422,13 @@ def compare_logits(
         difference = float((found - wanted).abs().max())
         results[name] = {"max_difference": difference, "largest": largest, "tolerance": LOGIT_TOLERANCE * largest}
 
-    with torch.no_grad():
+    bar = tqdm(desc="logits", unit="module", file=sys.stderr, leave=False, delay=2)
+    with torch.no_grad(), bar:
+        _count_calls(ours, 1, bar)
         packed = ours.logits(as_batch(together, model, config["image_token_id"]))[0]  # [sum of lengths, V]
         expected = dict(zip(prompts, packed.split(lengths), strict=True))
         theirs = hf.load_exported(out, "fp32", streamed=True) if streamed else (load or hf.load_exported)(out, "fp32")
+        _count_calls(theirs, 1 if streamed else 1 + len(prompts), bar)
         if not streamed:
             for name, prompt in prompts.items():
                 compare(name, theirs(**as_inputs([prompt], model)).logits[0], expected[name])
@@ -437,6 +439,18 @@ def compare_logits(
                 compare(name, row, expected[name])
         compare("batch", torch.cat(found), packed)
     return results
+
+
+def _count_calls(module: torch.nn.Module, passes: int, bar: Any) -> None:
+    """Lets a progress bar show how much of so many passes through a model is done."""
+
+    def called(*_: Any) -> None:
+        bar.update(1)
+
+    for part in module.modules():
+        if next(part.parameters(recurse=False), None) is not None:
+            bar.total = (bar.total or 0) + passes
+            part.register_forward_hook(called)
 
 
 def layer_by_layer(model: Model, weights: Weights, dtype: torch.dtype) -> Nvlm:
