@@ -1014,7 +1014,7 @@ class CheckpointWeights:
                 return earlier.slices(entry["key"])
             if earlier is None and "part" not in entry:
                 return [Slice(0, lambda: self._read_frozen(name).flatten())]
-        return [Slice(4 * self.shape(name).numel(), lambda: self.read(name).flatten())]
+        return [Slice(3 * 4 * self.shape(name).numel(), lambda: self.read(name).flatten())]  # base, product and sum
 
     def _read_merged_slice(self, name: str, begin: int, end: int) -> Tensor:
         """The rows that hold the slice are merged, no others."""

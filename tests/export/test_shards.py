@@ -69,11 +69,12 @@ def export(run: Path, out: Path, **more: Any) -> Path:
     [(1, "vision_model.", "fp32"), (3, "none", "bf16"), (7, "language_model.", "fp32")],
 )
 def test_any_number_of_ranks_and_any_frozen_part_give_the_same_export(
-    tmp_path: Path, recipe: dict[str, Any], weights: MemoryWeights, world_size: int, frozen: str, dtype: str
+    tmp_path: Path, recipe: dict[str, Any], weights: MemoryWeights, capfd: Any, world_size: int, frozen: str, dtype: str
 ) -> None:
     save_run(tmp_path / "run", recipe, weights, world_size=world_size, frozen=frozen)
     from_memory = hf.export(weights, recipe, tmp_path / "memory", max_shard_size="40KB", step=20, dtype=dtype)
     assert same(export(tmp_path / "run", tmp_path / "out", dtype=dtype), from_memory)
+    assert "B/s]" in capfd.readouterr().err  # the progress bar
 
 
 def test_adapters_are_merged_in_fp32_and_rounded_once(

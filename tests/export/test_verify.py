@@ -55,29 +55,39 @@ def test_an_untouched_export_is_verified(exported: Path, weights: MemoryWeights,
     assert all(result["max_difference"] <= result["tolerance"] / 4 for result in report["logits"].values())
 
 
+CROSSING: dict[str, dict[str, Any]] = {
+    name: {"model.cross_attention": {"every_layers": 1, "feed_forward": True}} for name in ("nvlm_x", "nvlm_h")
+}
+
+
 def mutations(
     name: str, tensors: dict[str, torch.Tensor], exported: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Every way to spoil one tensor; the result may not equal it."""
     tensor = tensors[name]
     spoilt = {"zeroed": torch.zeros_like(tensor), "scaled": tensor * 1.01, "reversed": tensor.flip(0)}
-    if tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]:
-        spoilt["transposed"] = tensor.T.contiguous()
+    if tensor.dim() == 2 and 1 not in tensor.shape:
+        spoilt["transposed"] = tensor.T.reshape(tensor.shape)
     twin = next((n for n, t in exported.items() if n != name and t.shape == tensor.shape), None)
     if twin is not None:
         spoilt["swapped"] = exported[twin].clone()
-    if tensor.shape[0] == 1:  # class and position embeddings
-        spoilt["reversed"] = tensor.flip(-1)
+    if tensor.shape[0] == 1:  # class and position embeddings; a gate has one value
+        spoilt["reversed"] = tensor.flip(-1) if tensor.numel() > 1 else -tensor
     one = tensor.clone()
     one.view(-1)[one.numel() // 2] += 1e-3
     spoilt["one value"] = one
     return spoilt
 
 
+@pytest.mark.parametrize("architecture", ["nvlm_d", "nvlm_x", "nvlm_h"])
 def test_every_change_of_a_single_tensor_is_detected(
-    exported: Path, weights: MemoryWeights, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
     """Through the value check alone, in memory: the stored tensor is replaced while it is read."""
+    recipe = make_recipe(tokenizer_folder, **{"model.architecture": architecture, **CROSSING.get(architecture, {})})
+    weights = random_weights(recipe)
+    exported = hf.export(weights, recipe, tmp_path / "out")
+    dummies = key_map.NUM_DUMMY_HEADS if architecture == "nvlm_d" else 0
     everything: dict[str, torch.Tensor] = {}
     for file in exported.glob("*.safetensors"):
         everything |= load_file(file)
@@ -100,7 +110,7 @@ def test_every_change_of_a_single_tensor_is_detected(
     assert found == []
     monkeypatch.setattr("safetensors.safe_open", Spoiling)
     model = key_map.model_from_recipe(recipe)
-    assert verify._value_problems(exported, stored, weights, model) == []
+    assert verify._value_problems(exported, stored, weights, model, dummies) == []
     count = 0
     for name in everything:
         for how, replacement in mutations(name, everything, everything).items():
@@ -108,7 +118,7 @@ def test_every_change_of_a_single_tensor_is_detected(
             spoil.clear()
             spoil[name] = replacement
             only = {name: stored[name]}
-            problems = verify._value_problems(exported, only, weights, model)
+            problems = verify._value_problems(exported, only, weights, model, dummies)
             assert any(name in problem and "not the checkpoint's" in problem for problem in problems), (name, how)
             count += 1
     assert count > 300
@@ -313,8 +323,7 @@ def test_a_slip_in_the_name_map_or_the_padding_is_detected(
 ) -> None:
     """The code that exports is wrong, and stays so while the export is verified and imported: only the second list of
     names can tell. An import with the same slip gives back what was exported."""
-    changes = {} if architecture == "nvlm_d" else {"model.cross_attention": {"every_layers": 1, "feed_forward": True}}
-    recipe = make_recipe(tokenizer_folder, **{"model.architecture": architecture, **changes})
+    recipe = make_recipe(tokenizer_folder, **{"model.architecture": architecture, **CROSSING.get(architecture, {})})
     weights = random_weights(recipe)
     to_published, from_published = key_map.to_published, key_map.from_published
     for number, (one, other) in enumerate(SLIPS[architecture]):
