@@ -110,12 +110,11 @@ def export(
     partial = out.parent / f".{out.name}.incomplete"
     _check_space(out, partial, sum(tensor.bytes for shard in planned for tensor in shard))
     with shards.held(partial):
-        done: dict[str, str] = {}
+        wanted = shards.fingerprint(identity, planned, dtype)
+        done = shards.finished(partial, wanted)
+        if done:
+            log.info("%d of %d shards of an interrupted export are kept, from %s", len(done), len(planned), partial)
         try:
-            wanted = shards.fingerprint(identity, planned, dtype)
-            done |= shards.finished(partial, wanted)
-            if done:
-                log.info("%d of %d shards of an interrupted export are kept, from %s", len(done), len(planned), partial)
             shards.write_shards(weights, model, planned, partial, dtype, num_dummy_heads, done, wanted)
             _write_json(partial / "model.safetensors.index.json", shards.index(planned))
             _write_json(partial / "config.json", model_config(model, recipe, tokens, dtype, num_dummy_heads))

@@ -93,9 +93,14 @@ def file_name(number: int, count: int) -> str:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Makes `folder` if need be and keeps other exports out of it. SetupError where one is at work there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as stream:
+    """Makes `folder` if need be and keeps other exports out of it. SetupError where one is at work there, or where the
+    folder cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a")
+    except OSError as error:
+        raise SetupError(f"{folder}, in which the export is made, cannot be written: {error.strerror}") from None
+    with lock as stream:
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

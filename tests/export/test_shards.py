@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -168,6 +169,21 @@ def test_stopped_by_hand_it_goes_on_with_the_finished_shards(
     assert "3 of 9 shards of an interrupted export are kept" in caplog.text
     assert kept.items() <= stamps(out).items() and not partial.exists()
     assert same(out, export(run, tmp_path / "whole"))
+
+
+def test_stopped_while_it_looks_at_the_finished_shards_it_keeps_them(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(monkeypatch, 3, raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        export(run, tmp_path / "out")
+    kept = stamps(tmp_path / ".out.incomplete")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(checkpoint, "sha256_of", lambda *args: raising(KeyboardInterrupt())())
+        with pytest.raises(KeyboardInterrupt):
+            export(run, tmp_path / "out")
+    monkeypatch.undo()
+    assert kept.items() <= stamps(export(run, tmp_path / "out")).items()
 
 
 @pytest.mark.parametrize("change", ["damaged", "other dtype", "other size", "other weights", "no identity"])
@@ -364,12 +380,14 @@ def test_a_checkpoint_gives_the_slices_of_its_ranks_mapped(
 
 
 def test_an_export_takes_no_memory_for_its_tensors(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """Anonymous memory while 100 MB of weights go through, the largest tensor having 32 MB. Measured: 2 to 10 MB."""
+    """Anonymous memory while 130 MB of weights go through, the largest tensor having 48 MB. Measured: 2 to 20 MB, of
+    which malloc keeps some from before; 114 MB where tensors are read whole."""
     dtype = "bf16"  # converted; in fp32 it is less
-    wide = {"model.language_model.vocab_size": 8000, "model.language_model.hidden_size": 1008}
+    wide = {"model.language_model.vocab_size": 12_000, "model.language_model.hidden_size": 1008}
     recipe = make_recipe(tokenizer_folder, **wide)
     save_run(tmp_path / "run", recipe, random_weights(recipe), world_size=1)
     export(tmp_path / "run", tmp_path / "first", dtype=dtype, max_shard_size="20MB")  # imports what it needs
+    gc.collect()
     base, peak, stop = anonymous(), [0], threading.Event()
 
     def watch() -> None:
@@ -383,7 +401,7 @@ def test_an_export_takes_no_memory_for_its_tensors(tmp_path: Path, tokenizer_fol
     finally:
         stop.set()
         thread.join()
-    assert peak[0] - base < 16e6, (peak[0] - base) / 1e6
+    assert peak[0] - base < 32e6, (peak[0] - base) / 1e6
 
 
 def anonymous() -> int:
@@ -479,6 +497,12 @@ def test_slices_that_cannot_be_read_are_named(tmp_path: Path, run: Path, monkeyp
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp cannot be read at byte [\d,]+: "):
         hf.export(opened, opened.recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.incomplete").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SetupError, match=r"file/\.out\.incomplete, .* cannot be written: Not a directory"):
+        command(run, tmp_path / "file" / "out")
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, run: Path, tokenizer_folder: Path) -> None:

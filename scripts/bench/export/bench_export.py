@@ -8,7 +8,7 @@ of so many GB, and twice that of Adam moments beside them. Then each way is run 
 its own, to safetensors in fp32. Memory is the largest anonymous memory (RssAnon, read from outside every 5 ms) above
 what the process had after its imports; mapped files are not in it, nobody has to have room for them.
 
-ours                 `nvlm-train export --no-verify`: the checkpoint's checksums first
+ours                 `nvlm-train export --no-verify`: compares the checkpoint's checksums, fsyncs, hashes, finds NaN
 ours, no checksums   the same without them
 full                 get_fp32_state_dict_from_zero_checkpoint, then one file
 lazy                 the same with lazy_mode=True, tensor by tensor, a file each
