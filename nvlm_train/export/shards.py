@@ -4,8 +4,8 @@ Tensors are not read into memory. The slices that the ranks wrote, and files of 
 and written a few megabytes at a time, so that memory is the same whatever the model's size. Only what must be computed
 is made as a whole: a weight with a LoRA adapter in it, and the tower's attention with its dummy heads.
 
-A finished shard is on disk, fsynced and in DONE with its SHA-256 before the next thing happens to it. An export that
-was interrupted goes on with those that still have that checksum.
+A finished shard is fsynced, then listed in DONE with its SHA-256. An export that was interrupted goes on with those that
+still have that checksum.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ def write_shards(
             stream.flush()
             os.fsync(stream.fileno())
         with changing:
+            write_json(folder / DONE, {"fingerprint": wanted, "shards": {**done, file: digest}})
             done[file] = digest
-            write_json(folder / DONE, {"fingerprint": wanted, "shards": done})
 
     total = sum(planned.bytes for shard in shards for planned in shard)
     before = sum(planned.bytes for file in done for planned in files[file])
