@@ -4,7 +4,7 @@ Tensors are not read into memory. The slices that the ranks wrote, and files of 
 and written a few megabytes at a time, so that memory is the same whatever the model's size. Only what must be computed
 is made as a whole: a weight with a LoRA adapter in it, and the tower's attention with its dummy heads.
 
-A finished shard is fsynced, then listed in DONE with its SHA-256. An export that was interrupted goes on with those that
+A finished shard is fsynced, then listed in DONE with its SHA-256. An interrupted export goes on with those that
 still have that checksum.
 """
 
