@@ -24,17 +24,20 @@ import io
 import json
 import logging
 import math
+import mmap
 import os
 import pickle
 import platform
 import re
 import shutil
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -127,6 +130,23 @@ def sha256(path: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sha256_of(files: Sequence[Path], desc: str | None = None) -> list[str]:
+    """SHA-256 of several files at once, in their order. desc: for a progress bar; None: without."""
+    from tqdm import tqdm
+
+    sizes = [file.stat().st_size for file in files]
+    with (
+        ThreadPoolExecutor(4) as pool,
+        tqdm(total=sum(sizes), desc=desc, disable=desc is None, unit="B", unit_scale=True, file=sys.stderr,
+             leave=False, delay=2) as progress,
+    ):  # fmt: skip
+        found = []
+        for digest, size in zip(pool.map(sha256, files), sizes, strict=True):
+            found.append(digest)
+            progress.update(size)
+        return found
 
 
 # ------------------------------------------------------------------------------------------------- finding checkpoints
@@ -581,6 +601,13 @@ class _DataOnlyUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+class Slice(NamedTuple):
+    """A piece of a flattened tensor that can be had alone. bytes: of memory that it takes; 0 where a file is mapped."""
+
+    bytes: int
+    load: Callable[[], Tensor]
+
+
 class _Reader(FileSystemReader):
     """DCP's reader with the safe unpickler; reads the metadata once."""
 
@@ -595,6 +622,36 @@ class _Reader(FileSystemReader):
         if getattr(self._metadata, "storage_meta", None) is None:
             self._metadata.storage_meta = StorageMeta()
         return self._metadata
+
+    def slices(self, key: str) -> list[Slice]:
+        """What the ranks wrote of the flattened tensor "KEY/NAME", in order."""
+        metadata = self.read_metadata()
+        stored = metadata.state_dict_metadata[key]
+        assert isinstance(stored, TensorStorageMetadata) and metadata.storage_data is not None
+        found, end = [], 0
+        for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets[0]):
+            if chunk.offsets[0] != end:
+                break
+            end += chunk.sizes[0]
+            place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            found.append(Slice(0, partial(self._map, place, stored.properties.dtype, chunk.sizes[0])))
+        if end != stored.size[0]:
+            raise CheckpointError(f"{self.path}: the slices of {key} leave a gap at element {end} of {stored.size[0]}")
+        return found
+
+    def _map(self, place: _StorageInfo, dtype: torch.dtype, count: int) -> Tensor:
+        """A stored slice, [count], mapped from its file: torch.save puts the plain numbers into one record."""
+        file = Path(self.path) / place.relative_path
+        try:
+            with file.open("rb") as stream:
+                archive: Any = torch._C.PyTorchFileReader(self._slice_file(stream, place))
+                if archive.get_record_size("data/0") != count * dtype.itemsize:
+                    raise ValueError(f"it holds other than {count:,} values of {dtype}")
+                begin = place.offset + archive.get_record_offset("data/0")
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+                return torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read at byte {place.offset:,}: {_cause(error)}") from None
 
 
 @contextmanager
@@ -664,15 +721,14 @@ class Checkpoint:
         self._reader = _Reader(self.path / "weights")
         self._reader.read_metadata()
 
-    def verify_checksums(self, part: int = 0, parts: int = 1) -> None:
+    def verify_checksums(self, part: int = 0, parts: int = 1, desc: str | None = None) -> None:
         """Compares the files with the manifest's SHA-256, of several ranks each its part of them.
 
-        Raises CheckpointError naming those that differ.
+        desc: for a progress bar. Raises CheckpointError naming the files that differ.
         """
         files = {name: self.state["files"][name] for name in list(self.state["files"])[part::parts]}
-        with ThreadPoolExecutor(4) as pool:
-            sums = pool.map(lambda name: sha256(self.path / "weights" / name), files)
-            wrong = [name for name, found in zip(files, sums, strict=True) if found != files[name]["sha256"]]
+        sums = sha256_of([self.path / "weights" / name for name in files], desc)
+        wrong = [name for name, found in zip(files, sums, strict=True) if found != files[name]["sha256"]]
         if wrong:
             raise CheckpointError(f"{self.path / 'weights'}: checksum differs from the manifest in {', '.join(wrong)}")
 
@@ -699,6 +755,10 @@ class Checkpoint:
         """One trained parameter in its full shape: the fp32 master, of a milestone its bf16 rounding."""
         shape = self.shapes[name]
         return self.read_many({(name, "master"): (0, shape.numel())})[name, "master"].view(shape)
+
+    def slices(self, name: str) -> list[Slice]:
+        """The flattened `read_master` in the pieces that the ranks wrote, mapped: no memory is needed for them."""
+        return self._reader.slices(f"master/{name}")
 
     def read_slice(self, name: str, begin: int, end: int) -> Tensor:
         """Elements begin to end of the flattened `read_master`, cut where it ends; only they are read."""
@@ -865,7 +925,7 @@ class CheckpointWeights:
     def __init__(self, path: str | Path, *, checksums: bool = False, without: tuple[str, ...] = ()) -> None:
         self.checkpoint = Checkpoint(path)
         if checksums:
-            self.checkpoint.verify_checksums()
+            self.checkpoint.verify_checksums(desc="checksums")
         self._checksums = checksums
         self.step, self.state, self.path = self.checkpoint.step, self.checkpoint.state, self.checkpoint.path
         content = read_json(self.checkpoint.run / "recipe.json")
@@ -910,6 +970,14 @@ class CheckpointWeights:
                 wrong.append(f"{file} has changed since the run started (SHA-256 differs)")
         if wrong:
             raise CheckpointError("frozen weights of this run cannot be used:\n  " + "\n  ".join(wrong))
+
+    @property
+    def identity(self) -> str:
+        """What this checkpoint holds, as a hash: of its manifest, of its frozen weights' origin, and of the recipe."""
+        digest = hashlib.sha256()
+        for file in (self.path / "state.json", self.checkpoint.run / "base.json", self.checkpoint.run / "recipe.json"):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
 
     def names(self) -> list[str]:
         return [*self._own, *self._frozen]
@@ -962,6 +1030,19 @@ class CheckpointWeights:
     def _read_frozen_slice(self, name: str, begin: int, end: int) -> Tensor:
         earlier, entry = self._frozen_place(name)
         return earlier.read_slice(entry["key"], begin, end) if earlier else self._read_frozen(name).flatten()[begin:end]
+
+    def slices(self, name: str) -> list[Slice]:
+        """The flattened `read` in pieces, in order: what each rank wrote; all of a tensor that lies in a file, mapped,
+        or that must be made in memory (with an adapter in it)."""
+        if name in self._own:
+            return self.checkpoint.slices(name)
+        if name not in self.adapters:
+            earlier, entry = self._frozen_place(name)
+            if isinstance(earlier, Checkpoint):
+                return earlier.slices(entry["key"])
+            if earlier is None and "part" not in entry:
+                return [Slice(0, lambda: self._read_frozen(name).flatten())]
+        return [Slice(3 * 4 * self.shape(name).numel(), lambda: self.read(name).flatten())]  # base, product and sum
 
     def _read_merged_slice(self, name: str, begin: int, end: int) -> Tensor:
         """The rows that hold the slice are merged, no others."""

@@ -315,7 +315,9 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run", metavar="RUN[/step_N]", help="run directory (its newest checkpoint), or one checkpoint of it"
     )
-    parser.add_argument("out", metavar="OUT", help="folder to write; must not hold another export")
+    parser.add_argument(
+        "out", metavar="OUT", help="folder to write; must not hold another export (an interrupted one goes on)"
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not reload and compare the export")
     parser.add_argument(
         "--dtype", choices=("bf16", "fp32"), help="type of the weights (default: the recipe's precision)"

@@ -1,7 +1,7 @@
 """From a checkpoint to a Hugging Face folder: NVLM-D in the published layout, NVLM-X and NVLM-H in ours beside it.
 
-Tensors go one by one from the checkpoint into the shards, so memory stays at about twice the largest tensor whatever
-the model's size. Everything is written into a hidden folder beside OUT, which gets its name only when it is complete.
+Tensors go slice by slice from the checkpoint into the shards (`shards.py`). Everything is written into a hidden folder
+beside OUT, which gets its name only when it is complete; finished shards in it are kept when an export is interrupted.
 
 A tied output head is not written: config.json says `tie_word_embeddings: true`, as Qwen2's own small models do.
 
@@ -13,24 +13,19 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
-import sys
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from nvlm_train.errors import CheckpointError, SetupError
-from nvlm_train.export import card
+from nvlm_train.export import card, shards
+from nvlm_train.export.shards import DTYPES
 from nvlm_train.hub import local_folder
 from nvlm_train.log import get_logger
 from nvlm_train.model import key_map
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from nvlm_train.model.pretrained import Weights
     from nvlm_train.recipe.schema import Model
 
@@ -54,9 +49,8 @@ TEMPLATE_SYSTEM = {  # where the recipe names none
 }
 IMAGE_MEAN = [0.485, 0.456, 0.406]  # ImageNet
 IMAGE_STD = [0.229, 0.224, 0.225]
-DTYPES = {"bf16": ("bfloat16", "BF16", 2), "fp32": ("float32", "F32", 4)}  # torch's name, safetensors' name, bytes
 _SPARE_BYTES = 64 * 2**20  # left free beside the weights for tokenizer and configuration files
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+CHECKSUMS = "SHA256SUMS"  # of all files but the card, which people write on; `sha256sum -c` reads it
 
 
 def export(
@@ -72,6 +66,7 @@ def export(
     recipe_hash: str | None = None,
     earlier_run: dict[str, Any] | None = None,
     continued_from: dict[str, Any] | None = None,
+    identity: str | None = None,
 ) -> Path:
     """Writes the model to the folder `out` and returns it.
 
@@ -79,10 +74,11 @@ def export(
     recipe's. dtype: 'bf16' or 'fp32', default the recipe's precision. max_shard_size: bytes, or '4GB', '500MB', '2GiB';
     a larger single tensor gets a shard of its own. layout: 'published' (default of NVLM-D) or 'unpadded' (of NVLM-X and
     NVLM-H, which have no other). step, recipe_hash, earlier_run, continued_from: for the model
-    card.
+    card. identity: what the weights are, as a hash; with it an interrupted export goes on where it was.
 
     Raises CheckpointError for tensors that are missing, mis-shaped or not finite, an unusable tokenizer, or an `out`
-    that holds something; SetupError when the disk cannot hold the export. Nothing is left behind then.
+    that holds something; nothing is left behind then. SetupError when the disk cannot hold the export, or another
+    export is writing it. `out` exists complete or not at all.
     """
     out = Path(out)
     model = key_map.model_from_recipe(recipe)
@@ -108,36 +104,67 @@ def export(
         continued_from=continued_from,
         num_dummy_heads=num_dummy_heads,
     )
-    shards = plan_shards(model, dtype, parse_size(max_shard_size), num_dummy_heads)
+    planned = shards.plan_shards(model, dtype, shards.parse_size(max_shard_size), num_dummy_heads)
     _check_tensors(weights, model)
-    _check_space(out, sum(size for shard in shards for _, _, size in shard))
 
     partial = out.parent / f".{out.name}.incomplete"
-    try:
-        if partial.exists():
-            log.info("removing %s, left by an interrupted export", partial)
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        _write_weights(weights, model, shards, partial, dtype, num_dummy_heads)
-        _write_json(partial / "config.json", model_config(model, recipe, tokens, dtype, num_dummy_heads))
-        _write_json(partial / "generation_config.json", generation_config(tokens))
-        _write_json(partial / "preprocessor_config.json", preprocessor_config(model))
-        image_token = _control_tokens(_token_ids(tokenizer_folder))["image"]
-        _write_json(partial / "processor_config.json", processor_config(model, recipe, image_token))
-        _write_tokenizer(tokenizer_folder, partial, recipe)
-        for name in remote_code(model.architecture):
-            shutil.copyfile(Path(__file__).with_name("remote_code") / name, partial / name)
-        (partial / "README.md").write_text(readme, encoding="utf-8")
-        for path in partial.iterdir():
-            _sync(path)
-        partial.replace(out)
-        _sync(out.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SetupError(f"no space left while writing {out}; nothing of it was kept") from None
-        raise
+    _check_space(out, partial, sum(tensor.bytes for shard in planned for tensor in shard))
+    with shards.held(partial):
+        wanted = shards.fingerprint(identity, planned, dtype)
+        done = shards.finished(partial, wanted)
+        if done:
+            log.info("%d of %d shards of an interrupted export are kept, from %s", len(done), len(planned), partial)
+        try:
+            shards.write_shards(weights, model, planned, partial, dtype, num_dummy_heads, done, wanted)
+            _write_json(partial / "model.safetensors.index.json", shards.index(planned))
+            _write_json(partial / "config.json", model_config(model, recipe, tokens, dtype, num_dummy_heads))
+            _write_json(partial / "generation_config.json", generation_config(tokens))
+            _write_json(partial / "preprocessor_config.json", preprocessor_config(model))
+            image_token = _control_tokens(_token_ids(tokenizer_folder))["image"]
+            _write_json(partial / "processor_config.json", processor_config(model, recipe, image_token))
+            _write_tokenizer(tokenizer_folder, partial, recipe)
+            for name in remote_code(model.architecture):
+                shutil.copyfile(Path(__file__).with_name("remote_code") / name, partial / name)
+            (partial / "README.md").write_text(readme, encoding="utf-8")
+            _complete(partial, out, done)
+        except BaseException as error:
+            _tidy_up(error, partial, out, done if identity else {}, len(planned))
+            raise
     return out
+
+
+def _complete(partial: Path, out: Path, digests: dict[str, str]) -> None:
+    """Writes the checksums and gives the folder its name."""
+    from nvlm_train.checkpoint import sha256
+
+    ours = (shards.DONE, shards.LOCK)  # gone at last, so that the way back is open until then
+    files = sorted(path.name for path in partial.iterdir() if path.name not in (*ours, "README.md"))
+    lines = [f"{digests.get(name) or sha256(partial / name)}  {name}\n" for name in files]
+    (partial / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+    for path in partial.iterdir():
+        if path.name not in (*digests, *ours):
+            _sync(path)
+    for name in ours:
+        (partial / name).unlink(missing_ok=True)
+    _sync(partial)
+    partial.replace(out)
+    _sync(out.parent)
+
+
+def _tidy_up(error: BaseException, partial: Path, out: Path, done: dict[str, str], count: int) -> None:
+    """After an export that failed: finished shards stay where the same command can go on with them, unless something is
+    wrong with the weights, which will be wrong again. Raises SetupError where the disk is full."""
+    kept = "nothing of it was kept"
+    if done and not isinstance(error, CheckpointError):
+        for path in partial.iterdir():
+            if path.name not in (*done, shards.DONE):
+                path.unlink(missing_ok=True)
+        kept = f"{len(done)} of {count} shards are kept in {partial}, and the same command goes on with them"
+        log.warning("the export was interrupted: %s", kept)
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise SetupError(f"no space left while writing {out}; {kept}. Make room, or export elsewhere") from None
 
 
 def dummy_heads(model: Model, layout: str | None) -> int:
@@ -153,40 +180,9 @@ def dummy_heads(model: Model, layout: str | None) -> int:
     return key_map.NUM_DUMMY_HEADS if published and layout != "unpadded" else 0
 
 
-def parse_size(size: str | int) -> int:
-    """Bytes of '4GB', '500MB', '2GiB' or a number; CheckpointError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?|)B?", str(size).strip().upper())
-    value = int(float(match.group(1)) * _UNITS[match.group(2)]) if match else 0
-    if value <= 0:
-        raise CheckpointError(f"--max-shard-size {size!r} is not a size; right would be 4GB, 500MB or 2GiB")
-    return value
-
-
 def remote_code(architecture: str) -> tuple[str, ...]:
     """The files of code that travel with an export."""
     return _SHARED_CODE if architecture == "nvlm_d" else REMOTE_CODE
-
-
-def plan_shards(
-    model: Model, dtype: str, max_shard_bytes: int, num_dummy_heads: int = key_map.NUM_DUMMY_HEADS
-) -> list[list[tuple[str, tuple[int, ...], int]]]:
-    """The tensors of each shard in model order: (our name, published shape, bytes). A shard never exceeds the limit
-    unless a single tensor does."""
-    from nvlm_train.model.pretrained import expected_shapes
-
-    shards: list[list[tuple[str, tuple[int, ...], int]]] = [[]]
-    used = 0
-    for name, shape in expected_shapes(model).items():
-        shape = key_map.published_shape(name, shape, model.vision, num_dummy_heads)
-        size = DTYPES[dtype][2]
-        for length in shape:
-            size *= length
-        if shards[-1] and used + size > max_shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append((name, shape, size))
-        used += size
-    return shards
 
 
 # ------------------------------------------------------------------------------------------------ configuration files
@@ -498,77 +494,13 @@ def _check_tensors(weights: Weights, model: Model) -> None:
         raise CheckpointError(f"the checkpoint does not hold the recipe's model:\n  {shown}")
 
 
-def _write_weights(
-    weights: Weights,
-    model: Model,
-    shards: list[list[tuple[str, tuple[int, ...], int]]],
-    folder: Path,
-    dtype: str,
-    num_dummy_heads: int,
-) -> None:
-    import torch
-    from tqdm import tqdm
-
-    torch_dtype: torch.dtype = getattr(torch, DTYPES[dtype][0])
-
-    def read(name: str) -> Tensor:
-        tensor = key_map.pad(name, weights.read(name).to(torch_dtype), model.vision, num_dummy_heads)
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} in {weights.where(name)} holds NaN or infinite values; it is not exported")
-        return tensor
-
-    total = sum(size for shard in shards for _, _, size in shard)
-    index: dict[str, str] = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc="export", file=sys.stderr, leave=False) as progress:
-        for number, shard in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            with open(folder / file, "wb") as stream:
-                write_safetensors(stream, shard, DTYPES[dtype][1], read, progress.update)
-            index.update({key_map.to_published(name): file for name, _, _ in shard})
-    ordered = dict(sorted(index.items()))
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": ordered})
-
-
-def write_safetensors(
-    stream: BinaryIO,
-    tensors: list[tuple[str, tuple[int, ...], int]],
-    dtype: str,
-    read: Callable[[str], Tensor],
-    wrote: Callable[[int], object],
-) -> None:
-    """Writes a safetensors file one tensor at a time; the library's own writer needs all of them in memory.
-
-    The format: u64 length of the header, the header in JSON (padded with spaces to 8 bytes) with each tensor's dtype,
-    shape and byte range, then the tensors' little-endian bytes. Readers of transformers 4 insist on `format: pt`.
-    """
-    import torch
-
-    tensors = sorted(tensors, key=lambda item: key_map.to_published(item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape, size in tensors:
-        entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        header[key_map.to_published(name)] = entry
-        offset += size
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    stream.write(len(encoded).to_bytes(8, "little"))
-    stream.write(encoded)
-    for name, shape, size in tensors:
-        tensor = read(name)
-        if tuple(tensor.shape) != shape or tensor.nbytes != size:
-            raise CheckpointError(
-                f"{name}: read {list(tensor.shape)} {tensor.dtype}, planned {list(shape)} in {size} bytes"
-            )
-        stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        wrote(size)
-
-
-def _check_space(out: Path, total: int) -> None:
+def _check_space(out: Path, partial: Path, total: int) -> None:
+    """What an interrupted export has left counts as free: it is kept or removed."""
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    free, needed = shutil.disk_usage(parent).free, total + _SPARE_BYTES
+    there = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+    free, needed = shutil.disk_usage(parent).free, max(0, total - there) + _SPARE_BYTES
     if free < needed:
         raise SetupError(
             f"{parent} has {free / 1e9:.2f} GB free, the export to {out} needs {needed / 1e9:.2f} GB; "
@@ -591,10 +523,11 @@ def _sync(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-def load_exported(folder: str | Path, dtype: str | None = None) -> Any:
+def load_exported(folder: str | Path, dtype: str | None = None, *, streamed: bool = False) -> Any:
     """The model of a folder, through transformers as any user loads it; an NVLM-D export or a plain Qwen2.
 
-    dtype: 'fp32' or 'bf16'; default as stored. CheckpointError when transformers cannot load the folder, or when it
+    dtype: 'fp32' or 'bf16'; default as stored. streamed: weights stay in the files (`device_map` to disk) and are read
+    whenever a module is called. CheckpointError when transformers cannot load the folder, or when it
     brings code that this version did not write: such code is never run.
     """
     folder = Path(folder)
@@ -612,9 +545,15 @@ def load_exported(folder: str | Path, dtype: str | None = None) -> Any:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    places: dict[str, Any] = {}
+    if streamed:  # the tower's embeddings are small, and tell its input where to go
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        parts = ["vision_model.encoder", "mlp1", "language_model"]
+        parts += ["cross_attention"] if "cross_attention_config" in config else []
+        places["device_map"] = {"vision_model.embeddings": "cpu"} | dict.fromkeys(parts, "disk")
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=getattr(torch, DTYPES[dtype][0]) if dtype else "auto"
+            folder, trust_remote_code=True, dtype=getattr(torch, DTYPES[dtype][0]) if dtype else "auto", **places
         )
     except Exception as error:  # whatever is wrong in the folder, transformers raises its own for it
         raise CheckpointError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
@@ -669,6 +608,7 @@ def export_command(args: Namespace) -> int:
             recipe_hash=recipe_hash,
             earlier_run=checkpoint.earlier_run,
             continued_from=checkpoint.continued_from,
+            identity=checkpoint.identity,
         )
     )
     size = sum(path.stat().st_size for path in out.iterdir())

@@ -3,6 +3,9 @@
 Two things are compared on their own: every tensor, bit for bit, with the checkpoint's (through a list of names and
 shapes written here a second time, from config.json, so that a slip in key_map.py cannot hide itself), and the logits of
 the folder, loaded through transformers as any user loads it, with those of the model that was trained.
+
+Neither side needs to fit into memory. Our model never holds more than one module's weights, read from the checkpoint
+when the module is called; transformers does the same with the folder's where the model is too large for the machine.
 """
 
 from __future__ import annotations
@@ -23,18 +26,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nvlm_train.batch import Batch, Memory
+    from nvlm_train.model.nvlm import Nvlm
     from nvlm_train.model.pretrained import Weights
     from nvlm_train.recipe.schema import Model
 
 INDEX = "model.safetensors.index.json"
 NEEDED_FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "tokenizer_config.json", "README.md", INDEX,
+    "tokenizer_config.json", "README.md", hf.CHECKSUMS, INDEX,
 )  # fmt: skip
 # Both sides compute in fp32 from the same rounded weights and differ only in the order of sums.
 # Share of the largest logit; worst case in the tests 1.1e-6.
 LOGIT_TOLERANCE = 2e-5
 _MAX_SHOWN = 20
+_PIECE = 2**22  # elements that are compared at a time
 
 
 def verify(out: str | Path, weights: Weights, recipe: dict[str, Any], *, logits: bool = True) -> dict[str, Any]:
@@ -70,6 +75,9 @@ def verify(out: str | Path, weights: Weights, recipe: dict[str, Any], *, logits:
         and (out / name).read_bytes() != (Path(__file__).with_name("remote_code") / name).read_bytes()
     ]
     fine = record("files", missing + changed, f"{len(NEEDED_FILES) + len(code)} files")
+    if (out / hf.CHECKSUMS).is_file():
+        found = _checksum_problems(out)
+        fine &= record("checksums", found, f"every file is what {hf.CHECKSUMS} says")
     if (out / "config.json").is_file() and (out / INDEX).is_file():
         config = _read_json(out / "config.json")
         fine &= record("config.json", _config_problems(config, model, recipe), "every size as in the recipe")
@@ -81,23 +89,21 @@ def verify(out: str | Path, weights: Weights, recipe: dict[str, Any], *, logits:
         found = _value_problems(out, stored, weights, model, config["vision_config"]["num_dummy_heads"])
         fine &= record("values", found, f"{len(stored)} tensors equal the checkpoint's bit for bit, all finite")
         if logits and fine:
-            skipped = _not_enough_memory(report["bytes"], config)
-            if skipped:
-                checks.append({"name": "logits", "ok": None, "detail": skipped})
-            else:
-                report["logits"] = compare_logits(out, weights, model, config)
-                found = [
-                    f"{case}: differ by {result['max_difference']:.2e}, more than {result['tolerance']:.2e}"
-                    for case, result in report["logits"].items()
-                    if not result["max_difference"] <= result["tolerance"]  # NaN is a difference
-                ]
-                worst = max(result["max_difference"] / result["tolerance"] for result in report["logits"].values())
-                fine &= record(
-                    "logits",
-                    found,
-                    f"{len(report['logits'])} inputs through transformers, worst difference {worst:.1%} of the "
-                    f"tolerance ({LOGIT_TOLERANCE:.0e} of the largest logit)",
-                )
+            streamed = _not_enough_memory(report["bytes"], config) is not None
+            report["logits"] = compare_logits(out, weights, model, config, streamed=streamed)
+            found = [
+                f"{case}: differ by {result['max_difference']:.2e}, more than {result['tolerance']:.2e}"
+                for case, result in report["logits"].items()
+                if not result["max_difference"] <= result["tolerance"]  # NaN is a difference
+            ]
+            worst = max(result["max_difference"] / result["tolerance"] for result in report["logits"].values())
+            how = "in one batch, layer by layer from the files" if streamed else "alone and as a batch"
+            fine &= record(
+                "logits",
+                found,
+                f"{len(report['logits'])} inputs through transformers ({how}), worst difference {worst:.1%} of the "
+                f"tolerance ({LOGIT_TOLERANCE:.0e} of the largest logit)",
+            )
         elif logits:
             checks.append({"name": "logits", "ok": None, "detail": "not compared: the folder is wrong already"})
     report["ok"] = fine
@@ -115,6 +121,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a mapping")
     return content
+
+
+def _checksum_problems(out: Path) -> list[str]:
+    """Files that are not what the export wrote, and files that it did not write; the card may change."""
+    from nvlm_train.checkpoint import sha256_of
+
+    lines = (out / hf.CHECKSUMS).read_text(encoding="utf-8").splitlines()
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    files = {path.name for path in out.iterdir()} - {hf.CHECKSUMS, "README.md"}
+    problems = [f"{name} is missing" for name in sorted(set(listed) - files)]
+    problems += [f"{name} is not named there" for name in sorted(files - set(listed))]
+    common = sorted(files & set(listed))
+    found = sha256_of([out / name for name in common], "checksums")
+    changed = [name for name, digest in zip(common, found, strict=True) if digest != listed[name]]
+    return problems + [f"{name} has changed since the export" for name in changed]
 
 
 def _stored_tensors(out: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -314,14 +335,19 @@ def _value_problems(
                         continue
                     used.add(ours)
                     found = shard.get_tensor(name)
-                    if not bool(torch.isfinite(found).all()):
-                        problems.append(f"{name} holds NaN or infinite values")
-                    expected = _with_dummy_heads(name, weights.read(ours).to(found.dtype), model, num_dummy_heads)
+                    expected = _with_dummy_heads(name, weights.read(ours), model, num_dummy_heads)
                     if found.shape != expected.shape:
                         problems.append(f"{name} is {list(found.shape)}, the checkpoint gives {list(expected.shape)}")
-                    elif not torch.equal(found, expected):
-                        count = int((found != expected).sum())
-                        problems.append(f"{name}: {count} of {found.numel()} values are not the checkpoint's")
+                        continue
+                    pairs = zip(found.flatten().split(_PIECE), expected.flatten().split(_PIECE), strict=True)
+                    wrong, finite = 0, True
+                    for mine, theirs in pairs:  # in pieces: no copy of a tensor that is gigabytes large
+                        finite &= bool(torch.isfinite(mine).all())
+                        wrong += int((mine != theirs.to(mine.dtype)).sum())
+                    if not finite:
+                        problems.append(f"{name} holds NaN or infinite values")
+                    if wrong:
+                        problems.append(f"{name}: {wrong} of {found.numel()} values are not the checkpoint's")
     problems += [f"{name} of the checkpoint is in no shard" for name in sorted(available - used)]
     return problems
 
@@ -352,31 +378,6 @@ def _with_dummy_heads(name: str, tensor: Tensor, model: Model, num_dummy_heads: 
 # --------------------------------------------------------------------------------------------------------------- logits
 
 
-class _Rounded:
-    """The checkpoint's weights as the export rounds them, so that the comparison shows errors and not rounding."""
-
-    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
-        self._weights, self._dtype = weights, dtype
-
-    def names(self) -> list[str]:
-        return self._weights.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._weights.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._dtype
-
-    def read(self, name: str) -> Tensor:
-        return self._weights.read(name).to(self._dtype)
-
-    def read_slice(self, name: str, begin: int, end: int) -> Tensor:
-        return self._weights.read_slice(name, begin, end).to(self._dtype)
-
-    def where(self, name: str) -> str:
-        return self._weights.where(name)
-
-
 class Prompt(NamedTuple):
     """A fixed input. ids: i64[S]; tiles: u8[T, 3, px, px].
 
@@ -392,28 +393,28 @@ class Prompt(NamedTuple):
 
 
 def compare_logits(
-    out: Path, weights: Weights, model: Model, config: dict[str, Any], load: Callable[[Path, str], Any] | None = None
+    out: Path,
+    weights: Weights,
+    model: Model,
+    config: dict[str, Any],
+    load: Callable[[Path, str], Any] | None = None,
+    *,
+    streamed: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Logits of the folder through transformers against those of our model with the checkpoint's weights, both in fp32.
 
     Inputs: text alone, one tile, several tiles, two images, and all of them as one padded batch.
-    load: what makes the folder's model, where that is not transformers alone.
+    load: what makes the folder's model, where that is not transformers alone. streamed: it is never whole in memory;
+    the inputs are taken from the batch then, so that every weight is read once.
     Returns {input: {"max_difference", "largest" logit, "tolerance"}}; a padded position is not compared.
     """
     import torch
-
-    from nvlm_train.model.nvlm import class_of
-    from nvlm_train.model.pretrained import load_into
+    from tqdm import tqdm
 
     prompts = fixed_prompts(model, config["image_token_id"])
-    ours = class_of(model)(model).eval()
-    load_into(ours, _Rounded(weights, getattr(torch, config["torch_dtype"])), model, seed=0)
-    with torch.no_grad():
-        expected = {
-            name: ours.logits(as_batch(prompt, model, config["image_token_id"])) for name, prompt in prompts.items()
-        }
-    del ours
-    theirs = (load or hf.load_exported)(out, "fp32")
+    together = list(prompts.values())
+    lengths = [len(prompt.ids) for prompt in together]
+    ours = layer_by_layer(model, weights, getattr(torch, config["torch_dtype"]))
     results: dict[str, dict[str, float]] = {}
 
     def compare(name: str, found: Tensor, wanted: Tensor) -> None:
@@ -421,13 +422,68 @@ def compare_logits(
         difference = float((found - wanted).abs().max())
         results[name] = {"max_difference": difference, "largest": largest, "tolerance": LOGIT_TOLERANCE * largest}
 
-    with torch.no_grad():
-        for name, prompt in prompts.items():
-            compare(name, theirs(**as_inputs([prompt], model)).logits, expected[name])
-        found = theirs(**as_inputs(list(prompts.values()), model)).logits
-        real = torch.cat([found[row, : len(prompt.ids)] for row, prompt in enumerate(prompts.values())])
-        compare("batch", real, torch.cat([expected[name][0] for name in prompts]))
+    bar = tqdm(desc="logits", unit="module", file=sys.stderr, leave=False, delay=2)
+    with torch.no_grad(), bar:
+        _count_calls(ours, 1, bar)
+        packed = ours.logits(as_batch(together, model, config["image_token_id"]))[0]  # [sum of lengths, V]
+        expected = dict(zip(prompts, packed.split(lengths), strict=True))
+        theirs = hf.load_exported(out, "fp32", streamed=True) if streamed else (load or hf.load_exported)(out, "fp32")
+        _count_calls(theirs, 1 if streamed else 1 + len(prompts), bar)
+        if not streamed:
+            for name, prompt in prompts.items():
+                compare(name, theirs(**as_inputs([prompt], model)).logits[0], expected[name])
+        rows = theirs(**as_inputs(together, model)).logits
+        found = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        if streamed:
+            for name, row in zip(prompts, found, strict=True):
+                compare(name, row, expected[name])
+        compare("batch", torch.cat(found), packed)
     return results
+
+
+def _count_calls(module: torch.nn.Module, passes: int, bar: Any) -> None:
+    """Lets a progress bar show how much of so many passes through a model is done."""
+
+    def called(*_: Any) -> None:
+        bar.update(1)
+
+    for part in module.modules():
+        if next(part.parameters(recurse=False), None) is not None:
+            bar.total = (bar.total or 0) + passes
+            part.register_forward_hook(called)
+
+
+def layer_by_layer(model: Model, weights: Weights, dtype: torch.dtype) -> Nvlm:
+    """Our model in fp32, whose modules have weights only while they are called: read from `weights` and rounded to
+    `dtype` as the export rounds them, so that a comparison shows errors and not rounding."""
+    import torch
+
+    from nvlm_train.model.nvlm import class_of
+
+    with torch.device("meta"):
+        ours = class_of(model)(model).eval()
+    names = {id(parameter): name for name, parameter in ours.named_parameters()}  # of a tied head: the embedding's
+
+    def prepare(module: torch.nn.Module) -> None:
+        own = {key: names[id(parameter)] for key, parameter in module.named_parameters(recurse=False)}
+        empty = dict(module.named_parameters(recurse=False))
+
+        def fill(*_: Any) -> None:
+            for key, name in own.items():
+                value = weights.read(name).to(dtype).float()
+                module.register_parameter(key, torch.nn.Parameter(value, requires_grad=False))
+
+        def drop(*_: Any) -> None:
+            for key, parameter in empty.items():
+                module.register_parameter(key, parameter)
+
+        if own:
+            module.register_forward_pre_hook(fill)
+            module.register_forward_hook(drop)
+
+    for module in ours.modules():
+        prepare(module)
+    return ours
 
 
 def fixed_prompts(model: Model, image_token: int) -> dict[str, Prompt]:
@@ -522,67 +578,85 @@ def as_inputs(prompts: Sequence[Prompt], model: Model) -> dict[str, Any]:
     return inputs
 
 
-def as_batch(prompt: Prompt, model: Model, image_token: int) -> Batch:
-    """The same prompt for our model."""
+def as_batch(prompts: Prompt | Sequence[Prompt], model: Model, image_token: int) -> Batch:
+    """A prompt for our model, or several, packed one behind the other."""
     import torch
 
     from nvlm_train.batch import IGNORE_INDEX, Batch
 
-    ids, per_tile = prompt.ids, (model.vision.image_size // model.vision.patch_size // 2) ** 2
-    places = ids == image_token
-    in_memory = prompt.memory_tiles if model.architecture != "nvlm_d" else ()
-    in_sequence = [tile for tile in range(len(prompt.tiles)) if tile not in in_memory]
-    slots = torch.full_like(ids, -1)
-    slots[places] = torch.tensor(
-        [n for t in in_sequence for n in range(t * per_tile, (t + 1) * per_tile)], dtype=ids.dtype
-    )
+    prompts = [prompts] if isinstance(prompts, Prompt) else prompts
+    per_tile = (model.vision.image_size // model.vision.patch_size // 2) ** 2
+    tiles, slots = 0, []
+    for prompt in prompts:
+        in_memory = prompt.memory_tiles if model.architecture != "nvlm_d" else ()
+        rows = [
+            (tiles + tile) * per_tile + n
+            for tile in range(len(prompt.tiles))
+            if tile not in in_memory
+            for n in range(per_tile)
+        ]
+        slots.append(torch.full_like(prompt.ids, -1))
+        slots[-1][prompt.ids == image_token] = torch.tensor(rows, dtype=prompt.ids.dtype)
+        tiles += len(prompt.tiles)
+    ids = torch.cat([prompt.ids for prompt in prompts])
+    lengths = [len(prompt.ids) for prompt in prompts]
     return Batch(
         input_ids=ids[None],
         labels=torch.full_like(ids, IGNORE_INDEX)[None],
-        position_ids=torch.arange(len(ids))[None],
-        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-        max_seqlen=len(ids),
-        tiles=prompt.tiles,
-        image_slots=slots[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        cu_seqlens=_bounds(lengths),
+        max_seqlen=max(lengths),
+        tiles=torch.cat([prompt.tiles for prompt in prompts]),
+        image_slots=torch.cat(slots)[None],
         num_trained_tokens=0,
-        num_tile_chunks=1 if len(prompt.tiles) else 0,
-        memory=None if model.architecture == "nvlm_d" else _as_memory(prompt, model, per_tile),
+        num_tile_chunks=1 if tiles else 0,
+        memory=None if model.architecture == "nvlm_d" else _as_memory(prompts, model, per_tile),
     )
 
 
-def _as_memory(prompt: Prompt, model: Model, per_tile: int) -> Memory:
+def _as_memory(prompts: Sequence[Prompt], model: Model, per_tile: int) -> Memory:
     import torch
 
     from nvlm_train.batch import Memory
 
-    tags = prompt.tags or ((),) * len(prompt.memory_tiles)
     ids: list[int] = []
     slots: list[int] = []
     begins = [0]
-    for tile, tag in zip(prompt.memory_tiles, tags, strict=True):
-        ids += [*tag, *[0] * per_tile]
-        slots += [*[-1] * len(tag), *range(tile * per_tile, (tile + 1) * per_tile)]
-        begins.append(len(ids))
-    queries = [list(range(a, len(prompt.ids) if b is None else b)) for a, b, _, _ in prompt.reads]
-    rows = [list(range(begins[c], begins[d])) for _, _, c, d in prompt.reads]
+    queries: list[range] = []
+    rows: list[range] = []
+    tokens = tiles = 0
+    for prompt in prompts:
+        first = len(begins) - 1
+        tags = prompt.tags or ((),) * len(prompt.memory_tiles)
+        for tile, tag in zip(prompt.memory_tiles, tags, strict=True):
+            ids += [*tag, *[0] * per_tile]
+            slots += [*[-1] * len(tag), *range((tiles + tile) * per_tile, (tiles + tile + 1) * per_tile)]
+            begins.append(len(ids))
+        queries += [range(tokens + a, tokens + (len(prompt.ids) if b is None else b)) for a, b, _, _ in prompt.reads]
+        rows += [range(begins[first + c], begins[first + d]) for _, _, c, d in prompt.reads]
+        tokens, tiles = tokens + len(prompt.ids), tiles + len(prompt.tiles)
 
-    def whole(parts: list[list[int]]) -> Tensor:
+    def whole(parts: Sequence[range]) -> Tensor:
         return torch.tensor([n for part in parts for n in part], dtype=torch.int64)
-
-    def bounds(parts: list[list[int]]) -> Tensor:
-        return torch.tensor([0, *(len(part) for part in parts)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
     hybrid = model.architecture == "nvlm_h"
     return Memory(
         ids=torch.tensor(ids if hybrid else [], dtype=torch.int64),
         slots=torch.tensor(slots if hybrid else [], dtype=torch.int64),
         query_rows=whole(queries),
-        cu_queries=bounds(queries),
+        cu_queries=_bounds(list(map(len, queries))),
         rows=whole(rows),
-        cu_rows=bounds(rows),
+        cu_rows=_bounds(list(map(len, rows))),
         max_queries=max(map(len, queries), default=0),
         max_rows=max(map(len, rows), default=0),
     )
+
+
+def _bounds(lengths: Sequence[int]) -> Tensor:
+    """[3, 2] -> [0, 3, 5], i32."""
+    import torch
+
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def _normalised(tiles: Tensor) -> Tensor:
@@ -593,7 +667,7 @@ def _normalised(tiles: Tensor) -> Tensor:
 
 
 def _not_enough_memory(stored_bytes: int, config: dict[str, Any]) -> str | None:
-    """Why the logits cannot be compared on this machine, or None. The two models stand there in turn, in fp32."""
+    """Why the model cannot be loaded whole on this machine, in fp32, or None."""
     parameters = stored_bytes // (2 if config["torch_dtype"] == "bfloat16" else 4)
     needed = int(parameters * 4 * 1.3)
     try:

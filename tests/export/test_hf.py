@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from nvlm_train.errors import CheckpointError, SetupError
-from nvlm_train.export import hf, verify
+from nvlm_train.export import hf, shards, verify
 from nvlm_train.model import key_map
 from tiny_nvlm import MemoryWeights, make_recipe, make_tokenizer, random_weights
 
@@ -43,7 +43,8 @@ def test_files_index_and_shards(exported: Path) -> None:
     assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
     others = {path.name for path in exported.iterdir()} - set(shards)
     assert others == {
-        "README.md", "config.json", "configuration_nvlm_d.py", "generation_config.json", "model.safetensors.index.json",
+        "README.md", "SHA256SUMS", "config.json", "configuration_nvlm_d.py", "generation_config.json",
+        "model.safetensors.index.json",
         "modeling_nvlm_d.py", "preprocessor_config.json", "processing_nvlm.py", "processor_config.json",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
@@ -134,6 +135,8 @@ def test_tied_heads_are_left_out_and_said_so(tmp_path: Path, tokenizer_folder: P
     assert config["tie_word_embeddings"] is True and config["llm_config"]["tie_word_embeddings"] is True
     report = verify.verify(out, tied, recipe)
     assert report["ok"] and report["logits"], report["problems"]
+    results = verify.compare_logits(out, tied, key_map.model_from_recipe(recipe), config, streamed=True)
+    assert all(result["max_difference"] <= result["tolerance"] / 4 for result in results.values())
 
 
 def test_out_that_holds_something_is_refused(tmp_path: Path, recipe: dict[str, Any], weights: MemoryWeights) -> None:
@@ -190,15 +193,15 @@ def test_too_little_space_is_seen_before_anything_is_written(
 def test_a_disk_that_fills_up_leaves_nothing(
     tmp_path: Path, recipe: dict[str, Any], weights: MemoryWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = hf.write_safetensors, []
+    real, calls = shards.write_safetensors, []
 
-    def fill_up(*args: Any) -> None:
+    def fill_up(*args: Any) -> str:
         calls.append(args)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(*args)
+        return real(*args)
 
-    monkeypatch.setattr(hf, "write_safetensors", fill_up)
+    monkeypatch.setattr(shards, "write_safetensors", fill_up)
     with pytest.raises(SetupError, match="no space left"):
         hf.export(weights, recipe, tmp_path / "out", max_shard_size="40KB")
     assert leftovers(tmp_path) == []
@@ -206,13 +209,13 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 @pytest.mark.parametrize(("size", "count"), [("4GB", 4 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), (77, 77)])
 def test_shard_sizes(size: str | int, count: int) -> None:
-    assert hf.parse_size(size) == count
+    assert shards.parse_size(size) == count
 
 
 @pytest.mark.parametrize("size", ["large", "-1GB", "0", "4TB"])
 def test_shard_sizes_that_are_none(size: str) -> None:
     with pytest.raises(CheckpointError, match="max-shard-size"):
-        hf.parse_size(size)
+        shards.parse_size(size)
 
 
 def test_unknown_dtype(tmp_path: Path, recipe: dict[str, Any], weights: MemoryWeights) -> None:
@@ -269,6 +272,7 @@ def test_export_command_verifies_and_reports(
 ) -> None:
     checkpoint: Any = random_weights(recipe)
     checkpoint.earlier_run = checkpoint.continued_from = None
+    checkpoint.identity = "a hash"
     checkpoint.recipe, checkpoint.step, checkpoint.state = recipe, 12, {"recipe_hash": "0123456789abcdef"}
     monkeypatch.setattr("nvlm_train.checkpoint.open_checkpoint", lambda path, checksums: checkpoint)
     args = Namespace(

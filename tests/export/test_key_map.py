@@ -6,12 +6,13 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nvlm_train.errors import CheckpointError
-from nvlm_train.export import hf, verify
+from nvlm_train.export import hf, shards, verify
 from nvlm_train.model import key_map
 from nvlm_train.model.pretrained import expected_shapes
 from nvlm_train.recipe.schema import LANGUAGE_MODEL_PRESETS, VISION_PRESETS, Model
@@ -45,8 +46,8 @@ def test_72b_has_the_published_names_shapes_and_count() -> None:
     assert shapes["vision_model.encoder.layers.0.attn.q_norm.weight"] == (4096,)
     assert shapes["vision_model.encoder.layers.0.attn.proj.weight"] == (3200, 4096)
     assert shapes["mlp1.1.weight"] == (29568, 12800)
-    shards = hf.plan_shards(FULL_SIZE, "bf16", 4 * 10**9)
-    assert sum(size for shard in shards for _, _, size in shard) == 158_759_186_688
+    planned = shards.plan_shards(FULL_SIZE, "bf16", 4 * 10**9)
+    assert sum(tensor.bytes for shard in planned for tensor in shard) == 158_759_186_688
     # the list that verify was given independently
     config = {
         "architectures": ["NVLM_D"],
@@ -62,6 +63,58 @@ def test_72b_names_equal_the_published_index() -> None:
         pytest.skip("NVLM_FIXTURES is not set: the published index is not at hand")
     index = json.loads((Path(fixtures) / "nvlm-d-72b/model.safetensors.index.json").read_text())
     assert set(published(FULL_SIZE)) == set(index["weight_map"])
+
+
+def vllm_problems(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """What vLLM's loader of NVLM_D (0.33) would stumble over: it reads these keys without a fallback, builds the tower
+    with 7 more heads than config.json names, goes by module prefixes, and fails on any name that it does not know."""
+    problems = []
+    if config["architectures"] != ["NVLM_D"] or "AutoConfig" not in config["auto_map"]:
+        problems.append("architectures")  # the registry's key; the configuration comes from the export's own code
+    vision, text = config["vision_config"], config["llm_config"]
+    needed = {
+        "": ("force_image_size", "downsample_ratio", "ps_version", "select_layer", "min_dynamic_patch",
+             "max_dynamic_patch", "dynamic_image_size", "use_thumbnail"),
+        "vision_config": ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "image_size",
+                          "patch_size", "qkv_bias", "qk_normalization", "norm_type", "layer_norm_eps", "hidden_act",
+                          "initializer_factor"),
+        "llm_config": ("architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                       "num_key_value_heads", "vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings",
+                       "tie_word_embeddings", "torch_dtype"),
+    }  # fmt: skip
+    for section, keys in needed.items():
+        part = config[section] if section else config
+        problems += [f"{section}.{key}" for key in keys if key not in part]
+    if text.get("rope_scaling") is not None or text["architectures"] != ["Qwen2ForCausalLM"]:
+        problems.append("llm_config")
+    width, heads = vision["hidden_size"], vision["num_attention_heads"]
+    padded = (heads + 7) * (width // heads)
+    parts = {"qkv.weight": (3 * padded, width), "q_norm.weight": (padded,), "k_norm.weight": (padded,),
+             "proj.weight": (width, padded), "proj.bias": (width,)}  # fmt: skip
+    for name, shape in shapes.items():
+        if not name.startswith(("vision_model.", "mlp1.", "language_model.")) or "inv_freq" in name:
+            problems.append(name)
+        if name.startswith("vision_model.encoder.") and ".attn." in name and shape != parts[name.split(".attn.")[1]]:
+            problems.append(f"{name} {shape}")
+    layers = {int(name.split(".")[3]) for name in shapes if name.startswith("vision_model.encoder.layers.")}
+    if layers != set(range(vision["num_hidden_layers"])) or config["select_layer"] != -1:
+        problems.append("vision layers")  # fewer are built with another select_layer; what is left over is fatal
+    return problems
+
+
+@pytest.mark.parametrize("model", ["72B", "tiny"])
+def test_vllms_loader_finds_what_it_needs(tiny: Model, model: str) -> None:
+    chosen = FULL_SIZE if model == "72B" else tiny
+    ids = {"im_start": 1, "im_end": 2, "pad": 0, "image": 5}
+    config = hf.model_config(chosen, make_recipe(Path("none")), ids, "bf16")
+    assert vllm_problems(config, published(chosen)) == []
+    assert (FULL_SIZE.vision.num_attention_heads + 7) % 8 == 0  # so the tower can be split over 8 GPUs
+    unpadded = {
+        key_map.to_published(name): key_map.published_shape(name, shape, chosen.vision, 0)
+        for name, shape in expected_shapes(chosen).items()
+    }
+    assert len(vllm_problems(config, unpadded)) == 4 * chosen.vision.num_hidden_layers
+    assert vllm_problems({**config, "architectures": ["NVLM_D_Model"]}, {}) == ["architectures", "vision layers"]
 
 
 def test_names_go_there_and_back(tiny: Model) -> None:

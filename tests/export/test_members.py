@@ -143,6 +143,13 @@ def test_the_export_is_verified(member: Member) -> None:
     assert all(result["max_difference"] <= result["tolerance"] / 4 for result in report["logits"].values())
 
 
+def test_layer_by_layer_the_logits_are_the_same(member: Member) -> None:
+    config = json.loads((member.folder / "config.json").read_text())
+    results = verify.compare_logits(member.folder, member.weights, member.ours.config, config, streamed=True)
+    assert len(results) == 5  # worst case here 6 % of the tolerance
+    assert all(result["max_difference"] <= result["tolerance"] / 4 for result in results.values())
+
+
 def test_prompts_and_reads_are_those_of_training(member: Member) -> None:
     model = member.ours.config
     for messages, chosen in CASES:
@@ -256,7 +263,7 @@ def test_a_change_of_any_new_tensor_shows_in_values_and_logits(member: Member, t
     tensors[new[0]].view(-1)[0] += 1e-3
     save_file(tensors, copied / file.name, metadata={"format": "pt"})
     report = verify.verify(copied, member.weights, member.recipe, logits=False)
-    assert not report["ok"] and f"values: {new[0]}: 1 of" in report["problems"][0]
+    assert not report["ok"] and f"values: {new[0]}: 1 of" in report["problems"][1]
 
 
 def test_text_alone_is_the_plain_decoder(member: Member) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from nvlm_train.errors import CheckpointError
 from nvlm_train.export import hf, verify
 from nvlm_train.model import key_map
-from tiny_nvlm import MemoryWeights
+from nvlm_train.model.pretrained import open_model_folder
+from tiny_nvlm import MemoryWeights, make_recipe, random_weights
 
 
 @pytest.fixture
@@ -48,9 +50,14 @@ def checked(folder: Path, weights: Any, recipe: dict[str, Any], logits: bool = F
 def test_an_untouched_export_is_verified(exported: Path, weights: MemoryWeights, recipe: dict[str, Any]) -> None:
     report = checked(exported, weights, recipe, logits=True)
     assert report["ok"] and report["problems"] == [] and report["tensors"] == 73
-    assert all(check["ok"] for check in report["checks"]) and len(report["checks"]) == 6
+    assert all(check["ok"] for check in report["checks"]) and len(report["checks"]) == 7
     # worst case here 2 % of the tolerance of 2e-5 of the largest logit (only where rows are padded into one batch)
     assert all(result["max_difference"] <= result["tolerance"] / 4 for result in report["logits"].values())
+
+
+CROSSING: dict[str, dict[str, Any]] = {
+    name: {"model.cross_attention": {"every_layers": 1, "feed_forward": True}} for name in ("nvlm_x", "nvlm_h")
+}
 
 
 def mutations(
@@ -59,23 +66,28 @@ def mutations(
     """Every way to spoil one tensor; the result may not equal it."""
     tensor = tensors[name]
     spoilt = {"zeroed": torch.zeros_like(tensor), "scaled": tensor * 1.01, "reversed": tensor.flip(0)}
-    if tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]:
-        spoilt["transposed"] = tensor.T.contiguous()
+    if tensor.dim() == 2 and 1 not in tensor.shape:
+        spoilt["transposed"] = tensor.T.reshape(tensor.shape)
     twin = next((n for n, t in exported.items() if n != name and t.shape == tensor.shape), None)
     if twin is not None:
         spoilt["swapped"] = exported[twin].clone()
-    if tensor.shape[0] == 1:  # class and position embeddings
-        spoilt["reversed"] = tensor.flip(-1)
+    if tensor.shape[0] == 1:  # class and position embeddings; a gate has one value
+        spoilt["reversed"] = tensor.flip(-1) if tensor.numel() > 1 else -tensor
     one = tensor.clone()
     one.view(-1)[one.numel() // 2] += 1e-3
     spoilt["one value"] = one
     return spoilt
 
 
+@pytest.mark.parametrize("architecture", ["nvlm_d", "nvlm_x", "nvlm_h"])
 def test_every_change_of_a_single_tensor_is_detected(
-    exported: Path, weights: MemoryWeights, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
     """Through the value check alone, in memory: the stored tensor is replaced while it is read."""
+    recipe = make_recipe(tokenizer_folder, **{"model.architecture": architecture, **CROSSING.get(architecture, {})})
+    weights = random_weights(recipe)
+    exported = hf.export(weights, recipe, tmp_path / "out")
+    dummies = key_map.NUM_DUMMY_HEADS if architecture == "nvlm_d" else 0
     everything: dict[str, torch.Tensor] = {}
     for file in exported.glob("*.safetensors"):
         everything |= load_file(file)
@@ -98,7 +110,7 @@ def test_every_change_of_a_single_tensor_is_detected(
     assert found == []
     monkeypatch.setattr("safetensors.safe_open", Spoiling)
     model = key_map.model_from_recipe(recipe)
-    assert verify._value_problems(exported, stored, weights, model) == []
+    assert verify._value_problems(exported, stored, weights, model, dummies) == []
     count = 0
     for name in everything:
         for how, replacement in mutations(name, everything, everything).items():
@@ -106,7 +118,7 @@ def test_every_change_of_a_single_tensor_is_detected(
             spoil.clear()
             spoil[name] = replacement
             only = {name: stored[name]}
-            problems = verify._value_problems(exported, only, weights, model)
+            problems = verify._value_problems(exported, only, weights, model, dummies)
             assert any(name in problem and "not the checkpoint's" in problem for problem in problems), (name, how)
             count += 1
     assert count > 300
@@ -146,7 +158,8 @@ def test_something_in_a_dummy_head_is_detected(
     rewrite(shard_of(copy, name), change)
     report = checked(copy, weights, recipe)
     assert not report["ok"] and report["problems"] == [
-        f"values: {name}: 1 of {report_size(copy, name)} values are not the checkpoint's"
+        f"checksums: {shard_of(copy, name).name} has changed since the export",
+        f"values: {name}: 1 of {report_size(copy, name)} values are not the checkpoint's",
     ]
 
 
@@ -220,6 +233,8 @@ def test_missing_and_changed_files(copy: Path, weights: MemoryWeights, recipe: d
     assert problems == [
         "files: tokenizer_config.json is missing",
         "files: modeling_nvlm_d.py differs from the one this version exports",
+        "checksums: tokenizer_config.json is missing",
+        "checksums: modeling_nvlm_d.py has changed since the export",
     ]
 
 
@@ -254,12 +269,155 @@ def test_folders_that_are_none(tmp_path: Path, weights: MemoryWeights, recipe: d
         checked(copy, weights, recipe)
 
 
-def test_logits_are_skipped_aloud_where_memory_is_short(
+def test_every_file_but_the_card_is_checked(copy: Path, weights: MemoryWeights, recipe: dict[str, Any]) -> None:
+    (copy / "README.md").write_text("# mine")
+    assert checked(copy, weights, recipe)["ok"]
+    words = copy / "tokenizer.json"
+    words.write_text(words.read_text().replace("sum", "som", 1))
+    (copy / "more.txt").write_text("")
+    assert checked(copy, weights, recipe)["problems"] == [
+        "checksums: more.txt is not named there",
+        "checksums: tokenizer.json has changed since the export",
+    ]
+
+
+# --------------------------------------------------------------------------------------------- the second list of names
+
+
+TOWER, DECODER = "vision_model.encoder.layers", "language_model.model.layers"
+SLIPS = {
+    "nvlm_d": [
+        (f"{TOWER}.0.attn.q_norm.weight", f"{TOWER}.0.attn.k_norm.weight"),
+        (f"{TOWER}.0.norm1.weight", f"{TOWER}.0.norm2.weight"), (f"{TOWER}.1.ls1", f"{TOWER}.1.ls2"),
+        (f"{TOWER}.0.attn.qkv.weight", f"{TOWER}.1.attn.qkv.weight"),
+        (f"{DECODER}.0.mlp.gate_proj.weight", f"{DECODER}.0.mlp.up_proj.weight"),
+        (f"{DECODER}.2.self_attn.k_proj.weight", f"{DECODER}.2.self_attn.v_proj.weight"),
+        (f"{DECODER}.2.self_attn.q_proj.weight", f"{DECODER}.2.self_attn.o_proj.weight"),
+        (f"{DECODER}.1.input_layernorm.weight", f"{DECODER}.1.post_attention_layernorm.weight"),
+        ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+        ("projector.norm.weight", "projector.norm.bias"),
+    ],
+    "nvlm_h": [
+        ("cross_attention.layers.0.attn_gate", "cross_attention.layers.0.mlp_gate"),
+        ("cross_attention.layers.0.attn.k_proj.weight", "cross_attention.layers.0.attn.v_proj.weight"),
+        ("cross_attention.layers.0.memory_norm.weight", f"{DECODER}.0.input_layernorm.weight"),
+        ("cross_attention.layers.0.mlp.gate_proj.weight", "cross_attention.layers.1.mlp.gate_proj.weight"),
+    ],
+}  # fmt: skip
+
+
+def sloppy(change: Callable[[torch.Tensor], torch.Tensor], kind: str) -> Callable[..., torch.Tensor]:
+    """`key_map.pad` with one kind of tensor laid out otherwise."""
+    real = key_map.pad
+
+    def pad(name: str, tensor: torch.Tensor, *more: Any) -> torch.Tensor:
+        padded = real(name, tensor, *more)
+        return change(padded) if key_map.padded_kind(name) == kind else padded
+
+    return pad
+
+
+@pytest.mark.parametrize("architecture", SLIPS)
+def test_a_slip_in_the_name_map_or_the_padding_is_detected(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    """The code that exports is wrong, and stays so while the export is verified and imported: only the second list of
+    names can tell. An import with the same slip gives back what was exported."""
+    recipe = make_recipe(tokenizer_folder, **{"model.architecture": architecture, **CROSSING.get(architecture, {})})
+    weights = random_weights(recipe)
+    to_published, from_published = key_map.to_published, key_map.from_published
+    for number, (one, other) in enumerate(SLIPS[architecture]):
+        there = {one: key_map.to_published(other), other: key_map.to_published(one)}
+        back = {published: ours for ours, published in there.items()}
+        with monkeypatch.context() as slip:
+            slip.setattr(key_map, "to_published", lambda n, t=there: t.get(n) or to_published(n))
+            slip.setattr(key_map, "from_published", lambda n, a="nvlm_d", t=back: t.get(n) or from_published(n, a))
+            out = hf.export(weights, recipe, tmp_path / str(number))
+            again = open_model_folder(out, key_map.model_from_recipe(recipe))
+            assert torch.equal(again.read(one), weights.read(one)) and torch.equal(
+                again.read(other), weights.read(other)
+            )
+            report = checked(out, weights, recipe)
+        found = [problem for problem in report["problems"] if "values are not the checkpoint's" in problem]
+        assert len(found) == 2 and all(any(f" {name}:" in problem for problem in found) for name in back), (one, other)
+    if architecture != "nvlm_d":
+        return
+    thirds: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+        "q and k": (lambda t: torch.cat([t[48:96], t[:48], t[96:]]), "qkv"),
+        "dummy heads first": (lambda t: torch.cat([part.roll(28, 0) for part in t.chunk(3)]), "qkv"),
+        "dummy heads at the end of all": (lambda t: torch.cat([t[:20], t[48:68], t[96:116], 0 * t[:84]]), "qkv"),
+        "columns": (lambda t: t.roll(28, 1), "proj"), "norm": (lambda t: t.roll(28, 0), "norm"),
+    }  # fmt: skip
+    for name, (change, kind) in thirds.items():
+        with monkeypatch.context() as slip:
+            slip.setattr(key_map, "pad", sloppy(change, kind))
+            report = checked(hf.export(weights, recipe, tmp_path / name), weights, recipe)
+        assert len(report["problems"]) == (4 if kind == "norm" else 2), name
+
+
+# ------------------------------------------------------------------------------------------------------- layer by layer
+
+
+def in_memory(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.device.type != "meta")
+
+
+def test_logits_are_compared_layer_by_layer_where_memory_is_short(
     exported: Path, weights: MemoryWeights, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "_not_enough_memory", lambda *args: "NOT COMPARED: needs 400 GiB")
-    report = checked(exported, weights, recipe, logits=True)
-    assert report["ok"] and report["checks"][-1]["ok"] is None and "NOT COMPARED" in report["checks"][-1]["detail"]
-    monkeypatch.undo()
+    """Neither side ever holds more than a module with weights, and what is around it; every tensor is read once."""
+    most, reads = {"ours": 0, "theirs": 0}, []
+
+    def look(side: str, model: Any, forward: Any, *args: Any, **more: Any) -> Any:
+        most[side] = max(most[side], in_memory(model))
+        return forward(*args, **more)
+
+    def watched(side: str, model: Any) -> Any:
+        for module in model.modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                inner = "_old_forward" if side == "theirs" and hasattr(module, "_old_forward") else "forward"
+
+                setattr(module, inner, partial(look, side, model, getattr(module, inner)))
+        return model
+
+    class Read(MemoryWeights):
+        def read(self, name: str) -> torch.Tensor:
+            reads.append(name)
+            return super().read(name)
+
+    ours, theirs = verify.layer_by_layer, hf.load_exported
+    monkeypatch.setattr(verify, "layer_by_layer", lambda *a: watched("ours", ours(*a)))
+    monkeypatch.setattr(hf, "load_exported", lambda *a, **k: watched("theirs", theirs(*a, **k)))
+    monkeypatch.setattr(verify, "_not_enough_memory", lambda *args: "needs 400 GiB")
+    report = checked(exported, Read(weights.tensors), recipe, logits=True)
+    assert report["ok"] and "in one batch, layer by layer from the files" in report["checks"][-1]["detail"]
+    assert set(report["logits"]) == {"text only", "one tile", "several tiles", "two images", "batch"}
+    assert all(result["max_difference"] <= result["tolerance"] / 4 for result in report["logits"].values())
+    assert sorted(reads) == sorted(2 * weights.names())  # once for the values, once for the logits
+    largest = max(tensor.numel() for tensor in weights.tensors.values())
+    beside = 3 * 20 + 20 * (1 + 16)  # LayerScales of a layer, biases; class token and positions
+    kept = sum(t.numel() for n, t in weights.tensors.items() if n.startswith("vision_model.embeddings."))
+    assert largest <= most["ours"] <= largest + beside
+    assert largest <= most["theirs"] <= largest + kept + beside
+    everything = sum(tensor.numel() for tensor in weights.tensors.values())
+    assert everything > 4 * most["theirs"]
+
+
+def test_layer_by_layer_a_wrong_value_is_seen(tmp_path: Path, weights: MemoryWeights, recipe: dict[str, Any]) -> None:
+    """In bf16, which is widened when a layer is read."""
+    out = hf.export(weights, recipe, tmp_path / "out", dtype="bf16")
+    model, config = key_map.model_from_recipe(recipe), json.loads((out / "config.json").read_text())
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[NAME][3] *= 1.01
+
+    right = verify.compare_logits(out, weights, model, config, streamed=True)
+    rewrite(shard_of(out, NAME), change)
+    wrong = verify.compare_logits(out, weights, model, config, streamed=True)
+    assert all(result["max_difference"] <= result["tolerance"] / 4 for result in right.values())
+    assert all(result["max_difference"] > 10 * result["tolerance"] for result in wrong.values())
+
+
+def test_how_much_memory_is_enough() -> None:
     assert verify._not_enough_memory(10**15, {"torch_dtype": "bfloat16"}) is not None
     assert verify._not_enough_memory(1000, {"torch_dtype": "bfloat16"}) is None
