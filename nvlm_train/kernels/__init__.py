@@ -46,6 +46,20 @@ def _varlen_obstacle(device_type: str) -> str | None:
     return None if hasattr(module, "varlen_attn") else "this torch's torch.nn.attention.varlen has no varlen_attn"
 
 
+def _triton_obstacle(device_type: str) -> str | None:
+    from nvlm_train.kernels.launch import triton_obstacle
+
+    return triton_obstacle(device_type)
+
+
+def _triton(op: str, why: str) -> dict[str, Kernel]:
+    """An op of one file, with our Triton kernel and its PyTorch reference."""
+    return {
+        "triton": Kernel(f"nvlm_train.kernels.{op}:triton_{op}", why, _triton_obstacle),
+        TORCH: Kernel(f"nvlm_train.kernels.{op}:torch_{op}", "plain PyTorch", _no_obstacle),
+    }
+
+
 # In order of preference; `auto` takes the first that can run.
 KERNELS: dict[str, dict[str, Kernel]] = {
     "attention": {
@@ -64,13 +78,17 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         ),
         TORCH: Kernel("nvlm_train.kernels.attention:torch_cross_attention", "plain PyTorch", _no_obstacle),
     },
+    "linear_cross_entropy": _triton(
+        "linear_cross_entropy", "logits turned into their gradient in place, weight gradient summed in fp32"
+    ),
 }
 
 
 def select(choice: str, device_type: str) -> dict[str, tuple[str, str]]:
     """The implementation of every op and the reason, for the first screen of a run.
 
-    choice: "auto" takes the first that can run; "torch" plain PyTorch; any other name is forced where an op has it.
+    choice: "auto" takes the first that can run; "torch" plain PyTorch; any other name is forced on the ops that have it,
+        and the others are chosen as by auto.
     device_type: "cpu" or "cuda".
     Example: `select("auto", "cpu")` is
         `{"attention": ("torch", "plain PyTorch; not varlen: runs on cuda only, this is cpu")}`.
@@ -86,20 +104,19 @@ def _select(choice: str, device_type: str) -> MappingProxyType[str, tuple[str, s
         raise SetupError(f"kernels: {choice!r} is not known; known are auto, {', '.join(known)}")
     chosen: dict[str, tuple[str, str]] = {}
     for op, kernels in KERNELS.items():
-        if choice == "auto":
-            skipped: list[str] = []
-            for name, kernel in kernels.items():
-                obstacle = kernel.obstacle(device_type)
-                if obstacle is None:
-                    chosen[op] = (name, "; ".join([kernel.why, *skipped]))
-                    break
-                skipped.append(f"not {name}: {obstacle}")
-        else:
-            name = choice if choice in kernels else TORCH
-            obstacle = kernels[name].obstacle(device_type)
+        if choice in kernels:
+            obstacle = kernels[choice].obstacle(device_type)
             if obstacle is not None:
-                raise SetupError(f"kernels: {name!r} was asked for {op}, but {obstacle}; use auto or torch")
-            chosen[op] = (name, f"{kernels[name].why}; asked for" if name == choice else f"{op} has no {choice}")
+                raise SetupError(f"kernels: {choice!r} was asked for {op}, but {obstacle}; use auto or torch")
+            chosen[op] = (choice, f"{kernels[choice].why}; asked for")
+            continue
+        reasons = [] if choice == "auto" else [f"{op} has no {choice}"]
+        for name, kernel in kernels.items():
+            obstacle = kernel.obstacle(device_type)
+            if obstacle is None:
+                chosen[op] = (name, "; ".join([kernel.why, *reasons]))
+                break
+            reasons.append(f"not {name}: {obstacle}")
     return MappingProxyType(chosen)
 
 
@@ -109,3 +126,9 @@ def load(op: str, name: str) -> Callable[..., Any]:
     module, function = KERNELS[op][name].entry.split(":")
     loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return loaded
+
+
+@cache
+def chosen(op: str, choice: str, device_type: str) -> Callable[..., Any]:
+    """The function that `select` takes for an op: what modules call."""
+    return load(op, select(choice, device_type)[op][0])

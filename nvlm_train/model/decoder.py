@@ -12,16 +12,12 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from nvlm_train import kernels
 from nvlm_train.batch import IGNORE_INDEX
 from nvlm_train.model.attention import RMSNorm, packed_attention, rotary_tables, rotate
 from nvlm_train.model.recompute import Recompute
 from nvlm_train.recipe import schema
-
-# Logits held at once, in elements: 512 MiB in fp32. More labelled rows are done in pieces, recomputed in backward.
-MAX_LOGITS = 2**27
-
 
 Reader = Callable[[Tensor], Tensor]  # hidden states [B, S, D] with what cross-attention read: [B, S, D]
 
@@ -134,8 +130,9 @@ class Decoder(nn.Module):
 class LmHead(nn.Linear):
     """The output matrix. It owns its weight, so the loss is computed here, on labelled rows only."""
 
-    def __init__(self, config: schema.LanguageModel) -> None:
+    def __init__(self, config: schema.LanguageModel, kernels: str = "auto") -> None:
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self.kernels = kernels
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, num_labels: int | None = None) -> Tensor:
         """The summed cross-entropy, or the logits where there are no labels.
@@ -156,21 +153,10 @@ class LmHead(nn.Linear):
             rows = counts.nonzero_static(size=num_labels).squeeze(1)  # [R]
         picked = hidden.flatten(0, 1).index_select(0, rows)  # [R, D]
         targets = labels.flatten().index_select(0, rows)  # [R]
-        rows_at_once = max(1, MAX_LOGITS // self.out_features)
-        if len(rows) <= rows_at_once:
-            return self._loss(picked, targets)
-        losses = []
-        for piece in zip(picked.split(rows_at_once), targets.split(rows_at_once), strict=True):
-            if torch.is_grad_enabled():
-                losses.append(checkpoint(self._loss, *piece, use_reentrant=False, preserve_rng_state=False))
-            else:
-                losses.append(self._loss(*piece))
-        return torch.stack(losses).sum()
-
-    def _loss(self, picked: Tensor, targets: Tensor) -> Tensor:
-        """[R, D], i64[R] -> fp32 scalar; R may be 0."""
-        logits = super().forward(picked).float()  # [R, V]
-        return F.cross_entropy(logits, targets, reduction="sum")
+        loss: Tensor = kernels.chosen("linear_cross_entropy", self.kernels, hidden.device.type)(
+            picked, self.weight, targets
+        )
+        return loss
 
 
 class LanguageModel(nn.Module):
@@ -181,6 +167,6 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model = Decoder(config, activation_checkpointing, kernels)
-        self.lm_head = LmHead(config)
+        self.lm_head = LmHead(config, kernels)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

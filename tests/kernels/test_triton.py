@@ -1,0 +1,57 @@
+"""Triton kernels in the interpreter, against the PyTorch references in fp64: outputs and every gradient.
+
+Tolerances are relative to the largest value of a tensor. bf16 has 8 bits: half a unit in the last place is 2e-3 to 4e-3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="triton is not installed (scripts/install does)")
+
+from interpreter import run_interpreted
+from nvlm_train.kernels import linear_cross_entropy
+
+
+def within(report: dict[str, float], bound: float) -> None:
+    assert report and all(error <= bound for error in report.values()), report
+
+
+CROSS_ENTROPY = {
+    "odd": (7, 24, 67, "fp32", 100),
+    "pieces": (7, 24, 67, "fp32", 3),
+    "one row": (1, 16, 5, "fp32", 1),
+    "two blocks": (3, 16, 8192 + 37, "fp32", 2),
+    "bf16": (33, 64, 515, "bf16", 16),
+}
+
+
+@pytest.mark.parametrize("case", CROSS_ENTROPY.values(), ids=CROSS_ENTROPY.keys())
+def test_linear_cross_entropy(case: tuple[Any, ...]) -> None:
+    report = run_interpreted("linear_cross_entropy_errors", *case)
+    within(report, 6e-3 if "bf16" in case else 1e-5)  # worst seen 2.9e-3, 2.7e-6
+
+
+def test_linear_cross_entropy_in_corner_cases() -> None:
+    run_interpreted("linear_cross_entropy_details")
+
+
+def test_the_operators_are_what_they_say() -> None:
+    run_interpreted("operators")
+
+
+def test_the_references_are_the_formulas() -> None:
+    """Against closed forms, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(n, 6, generator=generator, dtype=torch.float64, requires_grad=True) for n in (5, 9))
+    targets = torch.tensor([0, 8, 2, 2, 5])
+    z = (h @ w.t()).detach()
+    loss = linear_cross_entropy.torch_linear_cross_entropy(h, w, targets)
+    torch.testing.assert_close(loss.double(), (z.exp().sum(1).log() - z[range(5), targets]).sum(), rtol=1e-6, atol=0)
+    dz = z.softmax(1) - F.one_hot(targets, 9)
+    for own, other in zip(torch.autograd.grad(loss, (h, w)), (dz @ w, dz.t() @ h), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-6)  # the reference's softmax is in fp32

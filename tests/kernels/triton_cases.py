@@ -1,0 +1,120 @@
+"""What is asked of each Triton kernel, run in the interpreter (see interpreter.py).
+
+A case computes an op in fp64 with its PyTorch reference, and with the kernel in the type that is tested, from the same
+values; it returns the largest error of each output and gradient relative to the largest value of that tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvlm_train.kernels import linear_cross_entropy
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def randoms(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    assert torch.isfinite(ours).all()
+    if not theirs.numel():
+        return 0.0
+    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-6))
+
+
+def errors(
+    ours: Callable[..., Any],
+    reference: Callable[..., Any],
+    leaves: list[Tensor],
+    dtype: torch.dtype,
+    scale: float = 1.0,
+) -> dict[str, float]:
+    """Errors of outputs ("out0", ...) and gradients ("grad0", ...) of `ours(*leaves)` in `dtype`.
+
+    Both see the values rounded to dtype; a random cotangent tells outputs and their entries apart.
+    """
+    found = []
+    rounded = [leaf.to(dtype) for leaf in leaves]
+    for function, kind in ((ours, dtype), (reference, torch.float64)):
+        own = [leaf.to(kind).clone().requires_grad_() for leaf in rounded]
+        outs = function(*own)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        weights = randoms(99, *(tuple(out.shape) for out in outs))
+        total = sum((out * w.to(kind).to(out.dtype)).sum() for out, w in zip(outs, weights, strict=True)) * scale
+        grads = torch.autograd.grad(total, own)
+        found.append(([out.detach() for out in outs], grads))
+    (out_a, grad_a), (out_b, grad_b) = found
+    report = {f"out{i}": relative(a, b) for i, (a, b) in enumerate(zip(out_a, out_b, strict=True))}
+    report |= {f"grad{i}": relative(a, b) for i, (a, b) in enumerate(zip(grad_a, grad_b, strict=True))}
+    return report
+
+
+# ---- linear cross-entropy
+
+
+def _plain_cross_entropy(targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda h, w: F.cross_entropy(h @ w.t(), targets, reduction="sum")
+
+
+def linear_cross_entropy_errors(rows: int, width: int, vocabulary: int, dtype: str, at_once: int) -> dict[str, float]:
+    """at_once: rows of a piece."""
+    h, w = randoms(1, (rows, width), (vocabulary, width))
+    targets = torch.arange(rows) * 7 % vocabulary
+    targets[:1], targets[-1:] = 0, vocabulary - 1  # the first and the last column
+    before = linear_cross_entropy.MAX_TRITON_LOGITS
+    linear_cross_entropy.MAX_TRITON_LOGITS = at_once * vocabulary
+    try:
+        return errors(
+            lambda h, w: linear_cross_entropy.triton_linear_cross_entropy(h, w, targets),
+            _plain_cross_entropy(targets),
+            [h, w / width**0.5],
+            TYPES[dtype],
+            0.3,
+        )
+    finally:
+        linear_cross_entropy.MAX_TRITON_LOGITS = before
+
+
+def linear_cross_entropy_details() -> None:
+    """Zero rows, huge logits, one side frozen, no gradients, an alien memory layout, fp64 gradcheck."""
+    entropy = linear_cross_entropy.triton_linear_cross_entropy
+    h, w = randoms(2, (0, 6), (11, 6))
+    h, w = h.requires_grad_(), w.requires_grad_()
+    loss = entropy(h, w, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == 0.0
+    assert h.grad is not None and h.grad.shape == (0, 6) and w.grad is not None and not w.grad.any()
+
+    h, w = (x.requires_grad_() for x in randoms(3, (5, 6), (11, 6)))
+    targets = torch.tensor([0, 10, 3, 3, 7])
+    with torch.no_grad():
+        assert not entropy(h, w, targets).requires_grad
+    huge = entropy(h * 1e4, w, targets)
+    assert abs(huge.item() / _plain_cross_entropy(targets)(h * 1e4, w).item() - 1) < 1e-6
+    whole = torch.autograd.grad(entropy(h, w, targets), (h, w))
+    assert torch.equal(torch.autograd.grad(entropy(h, w.detach(), targets), h)[0], whole[0])
+    assert torch.equal(torch.autograd.grad(entropy(h.detach(), w, targets), w)[0], whole[1])
+    h, w = (x.double().requires_grad_() for x in randoms(4, (3, 4), (9, 4)))
+    assert torch.autograd.gradcheck(lambda h, w: entropy(h, w, targets[:3] % 9), (h, w))
+
+
+def check_operator(name: str, *arguments: Any) -> None:
+    """torch's own checks of a registered operator: schema, and the fake implementation against the real one."""
+    torch.library.opcheck(
+        getattr(torch.ops.nvlm_train, name).default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def operators() -> None:
+    h, w = randoms(5, (4, 6), (11, 6))
+    for needs in ((True, True), (False, True), (True, False), (False, False)):
+        check_operator("linear_cross_entropy", h.bfloat16(), w.bfloat16(), torch.tensor([0, 3, 3, 10]), *needs)
