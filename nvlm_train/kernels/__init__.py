@@ -52,11 +52,12 @@ def _triton_obstacle(device_type: str) -> str | None:
     return triton_obstacle(device_type)
 
 
-def _triton(op: str, why: str) -> dict[str, Kernel]:
-    """An op of one file, with our Triton kernel and its PyTorch reference."""
+def _triton(op: str, why: str, file: str = "") -> dict[str, Kernel]:
+    """An op with our Triton kernel and its PyTorch reference; both are in the file of its name unless `file` says."""
+    where = f"nvlm_train.kernels.{file or op}"
     return {
-        "triton": Kernel(f"nvlm_train.kernels.{op}:triton_{op}", why, _triton_obstacle),
-        TORCH: Kernel(f"nvlm_train.kernels.{op}:torch_{op}", "plain PyTorch", _no_obstacle),
+        "triton": Kernel(f"{where}:triton_{op}", why, _triton_obstacle),
+        TORCH: Kernel(f"{where}:torch_{op}", "plain PyTorch", _no_obstacle),
     }
 
 
@@ -81,14 +82,16 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "linear_cross_entropy": _triton(
         "linear_cross_entropy", "logits turned into their gradient in place, weight gradient summed in fp32"
     ),
+    "rms_norm": _triton("rms_norm", "one pass over the rows"),
+    "add_rms_norm": _triton("add_rms_norm", "residual, scale and norm in one pass over the rows", "rms_norm"),
 }
 
 
 def select(choice: str, device_type: str) -> dict[str, tuple[str, str]]:
     """The implementation of every op and the reason, for the first screen of a run.
 
-    choice: "auto" takes the first that can run; "torch" plain PyTorch; any other name is forced on the ops that have it,
-        and the others are chosen as by auto.
+    choice: "auto" takes the first that can run; "torch" plain PyTorch; any other name is forced on the ops that have
+        it, and the others are chosen as by auto.
     device_type: "cpu" or "cuda".
     Example: `select("auto", "cpu")` is
         `{"attention": ("torch", "plain PyTorch; not varlen: runs on cuda only, this is cpu")}`.

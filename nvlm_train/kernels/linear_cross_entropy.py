@@ -6,9 +6,9 @@
 hidden: [R, D] the labelled rows alone; weight: [V, D]; targets: i64[R] -> fp32 scalar. R may be 0: loss 0, zero
 gradients. Softmax, loss and dW are in fp32, the logits in hidden's type.
 
-Triton: forward goes over pieces of rows. The three products are torch's; between them one kernel turns a piece's logits
-in place into their gradient and gives its losses. Both gradients are ready after the forward pass, so that backward only
-scales them: nothing needs the weight again, and dW is summed over the pieces in fp32 and rounded once.
+Triton: forward goes over pieces of rows. The three products are torch's; between them one kernel turns a piece's
+logits in place into their gradient and gives its losses. Both gradients are ready after the forward pass, so that
+backward only scales them: nothing needs the weight again, and dW is summed over the pieces in fp32 and rounded once.
 
 Limits: the gradients live from forward to backward: V x D in fp32 (2 GiB at 152064 x 3584), and a piece's logits.
 """

@@ -86,8 +86,8 @@ if triton is not None:
         w = tl.load(weight + at, mask=inside, other=0.0).to(ACC)
         sum_w = tl.zeros([BLOCK], ACC)
         sum_scale = tl.zeros([BLOCK], ACC)
+        start = program.to(tl.int64) * width
         for row in range(program, rows, tl.num_programs(0)):
-            start = row.to(tl.int64) * width
             r = tl.load(rstd + row)
             n = tl.load(stream + start + at, mask=inside, other=0.0).to(ACC) * r
             gradient = tl.load(dy + start + at, mask=inside, other=0.0).to(ACC)
@@ -105,6 +105,7 @@ if triton is not None:
             if SCALE == 2:
                 factor = tl.load(scale + at, mask=inside, other=0.0).to(ACC)
                 tl.store(dx + start + at, (d * factor).to(dx.dtype.element_ty), mask=inside)
+            start += tl.num_programs(0) * width
         if NEED_WEIGHT:
             tl.store(dweight + program.to(tl.int64) * width + at, sum_w, mask=inside)
         if NEED_SCALE:

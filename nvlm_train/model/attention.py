@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, overload
+
 import torch
 from torch import Tensor, nn
 
@@ -14,16 +16,35 @@ class RMSNorm(nn.Module):
     The order is that of transformers' Qwen2RMSNorm and of InternViT's norm; in bf16 the other order differs.
     """
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, kernels: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.kernels = kernels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., width] -> same shape and type."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+    @overload
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def __call__(self, x: Tensor, residual: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: [..., width] -> same shape and type; with a residual `s = residual + scale * x` and the normed s.
+
+        residual: [..., width]. scale: [width], [1] or None.
+        """
+        device = x.device.type
+        if residual is None:
+            y: Tensor = kernels.chosen("rms_norm", self.kernels, device)(x, self.weight, self.eps)
+            return y
+        add = kernels.chosen("add_rms_norm", self.kernels, device)
+        both: tuple[Tensor, Tensor] = add(x, residual, self.weight, self.eps, scale)
+        return both
 
 
 @torch.no_grad()

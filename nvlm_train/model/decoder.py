@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,8 +69,8 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, kernels)
         self.mlp = FeedForward(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
     def forward(
         self,
@@ -86,10 +85,13 @@ class Layer(nn.Module):
         """x: [B, S, D] -> [B, S, D]."""
         if reader is not None and place == "before":
             x = reader(x)  # [B, S, D]
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)  # [B, S, D]
         if reader is not None and place == "between":
-            x = reader(x)  # [B, S, D]
-        x = x + self.mlp(self.post_attention_layernorm(x))
+            x = reader(x + attended)  # [B, S, D]
+            normed = self.post_attention_layernorm(x)  # [B, S, D]
+        else:
+            x, normed = self.post_attention_layernorm(attended, x)  # [B, S, D] each; x + attended, and normed
+        x = x + self.mlp(normed)
         if reader is not None and place == "after":
             x = reader(x)  # [B, S, D]
         return x
@@ -104,7 +106,7 @@ class Decoder(nn.Module):
         self.recompute = Recompute(activation_checkpointing)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, kernels) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
     def forward(
         self,

@@ -51,7 +51,7 @@ class Nvlm(nn.Module):
         self.config = config
         self.tiles_per_chunk = tiles_per_chunk
         if with_vision:
-            self.vision_model = InternVit(config.vision, activation_checkpointing)
+            self.vision_model = InternVit(config.vision, activation_checkpointing, kernels)
         self.projector = self.projector_type(config)
         if self.reads_tiles:
             self.cross_attention = CrossAttention(config, kernels)

@@ -374,7 +374,7 @@ def _first(
 
 def _frozen_tower(recipe: Recipe, weights: Weights, dtype: torch.dtype, device: torch.device) -> InternVit:
     with torch.device("meta"):
-        tower = InternVit(recipe.model.vision)
+        tower = InternVit(recipe.model.vision, kernels=recipe.kernels)
     tower.to(dtype)  # still on meta: in memory only once, in its own type
     tower.to_empty(device=device)
     slice_of, write = lambda parameter: None, lambda parameter, value: parameter.data.copy_(value)

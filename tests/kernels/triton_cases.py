@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvlm_train.kernels import linear_cross_entropy
+from nvlm_train.errors import SetupError
+from nvlm_train.kernels import linear_cross_entropy, rms_norm
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -107,6 +108,62 @@ def linear_cross_entropy_details() -> None:
     assert torch.autograd.gradcheck(lambda h, w: entropy(h, w, targets[:3] % 9), (h, w))
 
 
+# ---- RMSNorm
+
+
+def rms_norm_errors(
+    rows: tuple[int, ...], width: int, residual: bool, scale: str | None, dtype: str
+) -> dict[str, float]:
+    x, stream, weight, factor = randoms(6, (*rows, width), (*rows, width), (width,), (width,))
+    weight, factor = 1 + weight / 4, (factor if scale == "vector" else factor[:1])
+    if not residual:
+        return errors(
+            lambda x, w: rms_norm.triton_rms_norm(x, w, 1e-6),
+            lambda x, w: rms_norm.torch_rms_norm(x, w, 1e-6),
+            [x, weight],
+            TYPES[dtype],
+        )
+    return errors(
+        lambda x, r, w, *s: rms_norm.triton_add_rms_norm(x, r, w, 1e-6, *s),
+        lambda x, r, w, *s: rms_norm.torch_add_rms_norm(x, r, w, 1e-6, *s),
+        [x, stream, weight, *([] if scale is None else [factor])],
+        TYPES[dtype],
+    )
+
+
+def rms_norm_details() -> None:
+    """Frozen weights, alien memory layouts, one output unused, a gate of 0, too wide a row, fp64 gradcheck."""
+    x, r, w, s = randoms(7, (6, 12), (6, 12), (12,), (12,))
+    add = rms_norm.triton_add_rms_norm
+    turned = x.t().contiguous().t().requires_grad_()
+    y = rms_norm.triton_rms_norm(turned, w, 1e-6)
+    assert torch.equal(y, rms_norm.triton_rms_norm(x, w, 1e-6))
+    (grad,) = torch.autograd.grad(y.square().sum(), turned)
+    own = x.clone().requires_grad_()
+    (other,) = torch.autograd.grad(rms_norm.triton_rms_norm(own, w, 1e-6).square().sum(), own)
+    assert torch.equal(grad, other)
+    assert torch.equal(add(x, r, w, 1e-6, torch.zeros(1))[0], r)
+
+    w = w.requires_grad_()
+    leaves = [leaf.clone().requires_grad_() for leaf in (x, r)]
+    for output in (0, 1):  # the other output has no gradient
+        ours = torch.autograd.grad(add(*leaves, w, 1e-6, s)[output].sum(), [*leaves], allow_unused=True)
+        theirs = torch.autograd.grad(rms_norm.torch_add_rms_norm(*leaves, w, 1e-6, s)[output].sum(), [*leaves])
+        for a, b in zip(ours, theirs, strict=True):
+            assert a is not None and relative(a, b) < 1e-5
+    try:
+        rms_norm.triton_rms_norm(torch.ones(1, 20000), torch.ones(20000), 1e-6)
+        raise AssertionError("a row of 20000 was taken")
+    except SetupError as error:
+        assert "at most 16384, this one has 20000" in str(error)
+    x, r, w, s = (t.double().requires_grad_() for t in randoms(8, (3, 5), (3, 5), (5,), (5,)))
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm.triton_rms_norm(x, w, 1e-6), (x, w))
+    assert torch.autograd.gradcheck(lambda x, r, w, s: add(x, r, w, 1e-6, s), (x, r, w, s))
+
+
+# ---- what torch.library knows of them
+
+
 def check_operator(name: str, *arguments: Any) -> None:
     """torch's own checks of a registered operator: schema, and the fake implementation against the real one."""
     torch.library.opcheck(
@@ -118,3 +175,11 @@ def operators() -> None:
     h, w = randoms(5, (4, 6), (11, 6))
     for needs in ((True, True), (False, True), (True, False), (False, False)):
         check_operator("linear_cross_entropy", h.bfloat16(), w.bfloat16(), torch.tensor([0, 3, 3, 10]), *needs)
+    x, r, s = randoms(5, (2, 3, 6), (2, 3, 6), (6,))
+    w, rstd = torch.ones(6), torch.ones(6)
+    check_operator("rms_norm", x, None, w, None, 1e-6)
+    for scale in (None, s, s[:1]):
+        check_operator("rms_norm", x, r, w, scale, 1e-6)
+        for need in (True, False):
+            check_operator("rms_norm_backward", x, r, r, rstd, w, None if scale is None else x, scale, need)
+            check_operator("rms_norm_backward", x, None, r, rstd, w, None, scale, need)
