@@ -84,6 +84,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     ),
     "rms_norm": _triton("rms_norm", "one pass over the rows"),
     "add_rms_norm": _triton("add_rms_norm", "residual, scale and norm in one pass over the rows", "rms_norm"),
+    "norm_rope": _triton("norm_rope", "norm over all heads and rotary positions in one pass over queries or keys"),
 }
 
 

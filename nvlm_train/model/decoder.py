@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nvlm_train import kernels
 from nvlm_train.batch import IGNORE_INDEX
-from nvlm_train.model.attention import RMSNorm, packed_attention, rotary_tables, rotate
+from nvlm_train.model.attention import RMSNorm, packed_attention, rotary_tables
 from nvlm_train.model.recompute import Recompute
 from nvlm_train.recipe import schema
 
@@ -36,11 +36,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_size, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """x: [B, S, D]; cos, sin: [B, S, 1, H] -> [B, S, D]."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, N, H]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, H]
+        """x: [B, S, D]; cos, sin: [B*S, H] -> [B, S, D]."""
+        turn = kernels.chosen("norm_rope", self.kernels, x.device.type)
+        q, k = (
+            turn(part.flatten(0, 1), None, cos, sin, self.head_size, 0.0).view(*x.shape[:2], -1, self.head_size)
+            for part in (self.q_proj(x), self.k_proj(x))
+        )  # [B, S, N, H], [B, S, K, H]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, H]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = packed_attention(q, k, v, cu_seqlens, max_seqlen, causal=True, choice=self.kernels)  # [B, S, N, H]
         return self.o_proj(out.flatten(2))  # [B, S, D]
 
@@ -123,7 +125,7 @@ class Decoder(nn.Module):
         """
         readers = readers or {}
         head_size = self.config.hidden_size // self.config.num_attention_heads
-        cos, sin = rotary_tables(position_ids, head_size, self.config.rope_theta, x.dtype)  # [B, S, 1, H]
+        cos, sin = rotary_tables(position_ids, head_size, self.config.rope_theta, x.dtype)  # [B*S, H]
         for number, layer in enumerate(self.layers):
             x = self.recompute(layer, x, cos, sin, cu_seqlens, max_seqlen, readers.get(number), place)
         return self.norm(x)

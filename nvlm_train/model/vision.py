@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_train.model.attention import RMSNorm
+from nvlm_train.model.attention import QkNorm, RMSNorm
 from nvlm_train.model.recompute import Recompute
 from nvlm_train.recipe import schema
 
@@ -48,8 +48,9 @@ class Attention(nn.Module):
         self.qk_normalization = config.qk_normalization
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         if config.qk_normalization:
-            self.q_norm = RMSNorm(width, config.layer_norm_eps, kernels)
-            self.k_norm = RMSNorm(width, config.layer_norm_eps, kernels)
+            head_size = width // config.num_attention_heads
+            self.q_norm = QkNorm(width, head_size, config.layer_norm_eps, kernels)
+            self.k_norm = QkNorm(width, head_size, config.layer_norm_eps, kernels)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:

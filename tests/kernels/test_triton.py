@@ -66,6 +66,26 @@ def test_rms_norm_in_corner_cases() -> None:
     run_interpreted("rms_norm_details")
 
 
+NORM_ROPES = {
+    # heads, head size, norm, rope, type
+    "norm": (3, 6, True, False, "fp32"),
+    "norm, bf16": (5, 8, True, False, "bf16"),
+    "rope": (7, 10, False, True, "fp32"),
+    "rope, bf16": (4, 16, False, True, "bf16"),
+    "both": (3, 6, True, True, "fp32"),
+}
+
+
+@pytest.mark.parametrize("case", NORM_ROPES.values(), ids=NORM_ROPES.keys())
+def test_norm_rope(case: tuple[Any, ...]) -> None:
+    report = run_interpreted("norm_rope_errors", *case)
+    within(report, 1.6e-2 if "bf16" in case else 2e-6)  # worst seen BFR, FPR
+
+
+def test_norm_rope_in_corner_cases() -> None:
+    run_interpreted("norm_rope_details")
+
+
 def test_the_operators_are_what_they_say() -> None:
     run_interpreted("operators")
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvlm_train.errors import SetupError
-from nvlm_train.kernels import linear_cross_entropy, rms_norm
+from nvlm_train.kernels import linear_cross_entropy, norm_rope, rms_norm
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -161,6 +161,47 @@ def rms_norm_details() -> None:
     assert torch.autograd.gradcheck(lambda x, r, w, s: add(x, r, w, 1e-6, s), (x, r, w, s))
 
 
+# ---- RMSNorm of queries and keys, rotary positions
+
+
+def norm_rope_errors(heads: int, head_size: int, norm: bool, rope: bool, dtype: str) -> dict[str, float]:
+    """The middle part of rows that hold three."""
+    rows, width = 7, heads * head_size
+    x, weight, angles = randoms(9, (rows, 3 * width), (width,), (rows, head_size // 2))
+    angles = torch.cat((angles, angles), 1)
+
+    def of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, *weights: Tensor) -> Tensor:
+            cos, sin = (t.to(TYPES[dtype]).to(x.dtype) for t in (angles.cos(), angles.sin()))
+            turn = (cos, sin) if rope else (None, None)
+            return function(x[:, width : 2 * width], weights[0] if norm else None, *turn, head_size, 1e-6)
+
+        return run
+
+    leaves = [x, 1 + weight / 4] if norm else [x]
+    return errors(of(norm_rope.triton_norm_rope), of(norm_rope.torch_norm_rope), leaves, TYPES[dtype])
+
+
+def norm_rope_details() -> None:
+    """Angle 0 changes nothing, no row, a frozen weight, too wide a row, fp64 gradcheck."""
+    turn = norm_rope.triton_norm_rope
+    x, w, angles = (t.double().requires_grad_() for t in randoms(10, (3, 12), (12,), (3, 2)))
+    one, none = torch.ones(3, 4).double(), torch.zeros(3, 4).double()
+    assert torch.equal(turn(x, None, one, none, 4, 0.0), x)
+    assert turn(x[:0], w, None, None, 4, 1e-6).shape == (0, 12)
+    frozen = torch.autograd.grad(turn(x, w.detach(), None, None, 4, 1e-6).sum(), x)
+    assert torch.equal(frozen[0], torch.autograd.grad(turn(x, w, None, None, 4, 1e-6).sum(), x)[0])
+    try:
+        turn(torch.ones(1, 20000), None, torch.ones(1, 100), torch.ones(1, 100), 100, 0.0)
+        raise AssertionError("a row of 20000 was taken")
+    except SetupError as error:
+        assert "at most 16384" in str(error)
+    angles = torch.cat((angles, angles), 1).detach()
+    for tables in ((angles.cos(), angles.sin()), (None, None)):
+        assert torch.autograd.gradcheck(lambda x, w, t=tables: turn(x, w, *t, 4, 1e-6), (x, w))
+    assert torch.autograd.gradcheck(lambda x: turn(x, None, angles.cos(), angles.sin(), 4, 0.0), (x,))
+
+
 # ---- what torch.library knows of them
 
 
@@ -183,3 +224,9 @@ def operators() -> None:
         for need in (True, False):
             check_operator("rms_norm_backward", x, r, r, rstd, w, None if scale is None else x, scale, need)
             check_operator("rms_norm_backward", x, None, r, rstd, w, None, scale, need)
+    x, w, angles, rstd = randoms(5, (3, 12), (12,), (3, 4), (3,))
+    for weight, cos in ((w, None), (None, angles), (w, angles)):
+        check_operator("norm_rope", x, weight, cos, cos, 4, 1e-6, 1.0)
+        if weight is not None:
+            for need in (True, False):
+                check_operator("norm_rope_backward", x, x, weight, cos, cos, rstd, 4, need)
