@@ -85,6 +85,10 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "rms_norm": _triton("rms_norm", "one pass over the rows"),
     "add_rms_norm": _triton("add_rms_norm", "residual, scale and norm in one pass over the rows", "rms_norm"),
     "norm_rope": _triton("norm_rope", "norm over all heads and rotary positions in one pass over queries or keys"),
+    "splice": _triton("splice", "each row of tokens and images written once"),
+    "shuffle_layer_norm": _triton(
+        "shuffle_layer_norm", "pixel shuffle and LayerNorm in one pass (behind a trained tower: plain PyTorch)"
+    ),
 }
 
 

@@ -99,6 +99,22 @@ class Layer(nn.Module):
         return x
 
 
+class TokenEmbedding(nn.Embedding):
+    """The table of tokens. It owns its weight, so image tokens are put between the others here."""
+
+    def __init__(self, config: schema.LanguageModel, kernels: str) -> None:
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.kernels = kernels
+
+    def forward(self, ids: Tensor, slots: Tensor | None = None, image_tokens: Tensor | None = None) -> Tensor:
+        """ids: i64[...]; slots: i64[...] the image token of each place, or -1; image_tokens: [T*Q, D] -> [..., D]."""
+        if slots is None or image_tokens is None:
+            return super().forward(ids)  # [..., D]
+        put = kernels.chosen("splice", self.kernels, ids.device.type)
+        x: Tensor = put(ids.flatten(), slots.flatten(), self.weight, image_tokens)  # [rows, D]
+        return x.view(*ids.shape, -1)  # [..., D]
+
+
 class Decoder(nn.Module):
     """Embedding, layers and final norm; the embedding is called by whoever puts images between the tokens."""
 
@@ -106,7 +122,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = Recompute(activation_checkpointing)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config, kernels)
         self.layers = nn.ModuleList(Layer(config, kernels) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 

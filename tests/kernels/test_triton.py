@@ -86,6 +86,20 @@ def test_norm_rope_in_corner_cases() -> None:
     run_interpreted("norm_rope_details")
 
 
+def test_splice() -> None:
+    run_interpreted("splice_cases")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_shuffle_layer_norm(dtype: str) -> None:
+    report = run_interpreted("shuffle_layer_norm_errors", 2, 6, 21, dtype)
+    within(report, 1.6e-2 if dtype == "bf16" else 2e-6)  # worst seen BFS, FPS
+
+
+def test_shuffle_layer_norm_in_corner_cases() -> None:
+    run_interpreted("shuffle_layer_norm_details")
+
+
 def test_the_operators_are_what_they_say() -> None:
     run_interpreted("operators")
 

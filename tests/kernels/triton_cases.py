@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvlm_train.errors import SetupError
-from nvlm_train.kernels import linear_cross_entropy, norm_rope, rms_norm
+from nvlm_train.kernels import linear_cross_entropy, norm_rope, rms_norm, shuffle_layer_norm, splice
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -185,10 +185,10 @@ def norm_rope_errors(heads: int, head_size: int, norm: bool, rope: bool, dtype: 
 def norm_rope_details() -> None:
     """Angle 0 changes nothing, no row, a frozen weight, too wide a row, fp64 gradcheck."""
     turn = norm_rope.triton_norm_rope
-    x, w, angles = (t.double().requires_grad_() for t in randoms(10, (3, 12), (12,), (3, 2)))
-    one, none = torch.ones(3, 4).double(), torch.zeros(3, 4).double()
+    x, w, angles = (t.double().requires_grad_() for t in randoms(10, (2, 8), (8,), (2, 2)))
+    one, none = torch.ones(2, 4).double(), torch.zeros(2, 4).double()
     assert torch.equal(turn(x, None, one, none, 4, 0.0), x)
-    assert turn(x[:0], w, None, None, 4, 1e-6).shape == (0, 12)
+    assert turn(x[:0], w, None, None, 4, 1e-6).shape == (0, 8)
     frozen = torch.autograd.grad(turn(x, w.detach(), None, None, 4, 1e-6).sum(), x)
     assert torch.equal(frozen[0], torch.autograd.grad(turn(x, w, None, None, 4, 1e-6).sum(), x)[0])
     try:
@@ -200,6 +200,77 @@ def norm_rope_details() -> None:
     for tables in ((angles.cos(), angles.sin()), (None, None)):
         assert torch.autograd.gradcheck(lambda x, w, t=tables: turn(x, w, *t, 4, 1e-6), (x, w))
     assert torch.autograd.gradcheck(lambda x: turn(x, None, angles.cos(), angles.sin(), 4, 0.0), (x,))
+
+
+# ---- image features between tokens
+
+
+def splice_cases() -> None:
+    """Bit for bit the reference, in forward and backward: images, none, no row, frozen sides, wide and odd rows."""
+    put, reference = splice.triton_splice, splice.torch_splice
+    for rows, width, vocabulary, images, dtype in (
+        (9, 7, 5, 4, torch.float32),
+        (9, 1024 + 16, 5, 4, torch.bfloat16),
+        (6, 8, 5, 0, torch.float32),  # features that nothing takes
+        (0, 8, 5, 0, torch.float32),
+        (4, 8, 5, 4, torch.float64),  # images alone
+    ):
+        table, features, cotangent = (
+            t.to(dtype) for t in randoms(11, (vocabulary, width), (images + 2, width), (rows, width))
+        )
+        ids = torch.arange(rows) * 3 % vocabulary
+        slots = torch.full((rows,), -1)
+        slots[torch.randperm(rows, generator=torch.Generator().manual_seed(1))[:images]] = torch.arange(images) + 1
+        table, features = table.requires_grad_(), features.requires_grad_()
+        ours, theirs = (f(ids, slots, table, features) for f in (put, reference))
+        assert torch.equal(ours, theirs)
+        grads = [torch.autograd.grad(out, (table, features), cotangent) for out in (ours, theirs)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        half = put(ids, slots, table.detach(), features)
+        assert torch.equal(torch.autograd.grad(half, features, cotangent)[0], grads[0][1])
+        half = put(ids, slots, table, features.detach())
+        assert torch.equal(torch.autograd.grad(half, table, cotangent)[0], grads[0][0])
+
+
+# ---- pixel shuffle and LayerNorm
+
+
+def shuffle_layer_norm_errors(tiles: int, side: int, width: int, dtype: str) -> dict[str, float]:
+    """side: patches along the edge of a tile. The gradients are the norm's; the tower is frozen."""
+    features, weight, bias = randoms(12, (tiles, side * side, width), (4 * width,), (4 * width,))
+    features = 3 + 2 * features.to(TYPES[dtype])  # far from centred
+    features = features.to(TYPES[dtype])
+
+    def of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda w, b: function(features.to(w.dtype), w, b, 1e-6)
+
+    return errors(
+        of(shuffle_layer_norm.triton_shuffle_layer_norm),
+        of(shuffle_layer_norm.torch_shuffle_layer_norm),
+        [1 + weight / 4, bias],
+        TYPES[dtype],
+    )
+
+
+def shuffle_layer_norm_details() -> None:
+    """No tile, a trained tower, a part of a larger tensor, too wide a row, fp64 gradcheck."""
+    join, reference = shuffle_layer_norm.triton_shuffle_layer_norm, shuffle_layer_norm.torch_shuffle_layer_norm
+    features, w, b = (t.requires_grad_() for t in randoms(13, (2, 17, 3), (12,), (12,)))
+    part = features[:, 1:]
+    y = join(part.detach(), w, b, 1e-6)
+    assert relative(y, reference(part, w, b, 1e-6)) < 1e-6
+    trained = [torch.autograd.grad(f(part, w, b, 1e-6).square().sum(), features)[0] for f in (join, reference)]
+    assert torch.equal(*trained)
+    grads = torch.autograd.grad(join(part[:0].detach(), w, b, 1e-6).sum(), (w, b))
+    assert not grads[0].any() and not grads[1].any()
+    try:
+        join(torch.ones(1, 4, 5000), torch.ones(20000), torch.ones(20000), 1e-6)
+        raise AssertionError("a row of 20000 was taken")
+    except SetupError as error:
+        assert "at most 16384" in str(error)
+    w, b = (t.detach().double().requires_grad_() for t in (w, b))
+    one = part[:1, :4].detach().double()
+    assert torch.autograd.gradcheck(lambda w, b: join(one, w, b, 1e-6), (w, b))
 
 
 # ---- what torch.library knows of them
@@ -230,3 +301,11 @@ def operators() -> None:
         if weight is not None:
             for need in (True, False):
                 check_operator("norm_rope_backward", x, x, weight, cos, cos, rstd, 4, need)
+    ids, slots = torch.tensor([0, 1, 1]), torch.tensor([-1, 1, -1])
+    table, features, cotangent = randoms(5, (3, 4), (2, 4), (3, 4))
+    check_operator("splice", ids, slots, table, features)
+    for need in (True, False):
+        check_operator("splice_backward", cotangent, ids, slots, 3, 2, need)
+    features, w, b, rstd, dy = randoms(5, (2, 4, 3), (12,), (12,), (2,), (2, 12))
+    check_operator("shuffle_layer_norm", features, w, b, 1e-6)
+    check_operator("shuffle_layer_norm_backward", dy, features, rstd, rstd)
