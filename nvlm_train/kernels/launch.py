@@ -1,4 +1,4 @@
-"""What the Triton kernels share: whether Triton is here, sizes of blocks, and the one torch.library of our ops.
+"""What the Triton kernels share: sizes of blocks, and the one torch.library of our ops.
 
 Every op is registered below autograd, with a fake implementation, so that torch.compile and selective recompute see one
 operator; the autograd functions around them live beside their kernels.
@@ -6,8 +6,6 @@ operator; the autograd functions around them live beside their kernels.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -18,15 +16,6 @@ from nvlm_train.errors import SetupError
 
 MAX_WIDTH = 16384  # of a row that one program holds in registers
 LIBRARY = torch.library.Library("nvlm_train", "DEF")
-
-
-def triton_obstacle(device_type: str) -> str | None:
-    """Why our Triton kernels cannot run on this device, or None. Triton's interpreter (tests) runs them on a CPU."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return f"runs on cuda only, this is {device_type}"
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -110,13 +110,14 @@ def _run(
     d_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)  # [R, D]
     d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else weight.new_empty(0, dtype=wide)  # [V, D]
     at_once = max(1, MAX_TRITON_LOGITS // width)
-    block = min(8192, 1 << (width - 1).bit_length())
+    block = min(4096, 1 << (width - 1).bit_length())
+    warps = 16 if block == 4096 else 4
     for start in range(0, rows, at_once):
         piece = hidden[start : start + at_once]  # [r, D]
         logits = torch.mm(piece, weight.t())  # [r, V]
         cross_entropy_kernel[(len(piece),)](
             logits, targets[start:], losses[start:], width, logits.stride(0),
-            BLOCK=block, GRAD=need_hidden or need_weight, DOUBLE=is_double(hidden), num_warps=16 if block > 4096 else 4,
+            BLOCK=block, GRAD=need_hidden or need_weight, DOUBLE=is_double(hidden), num_warps=warps,
         )  # fmt: skip
         if need_hidden:
             torch.mm(logits, weight, out=d_hidden[start : start + at_once])

@@ -169,7 +169,7 @@ def _backward(
     norm_rope_backward_kernel[(programs,)](
         dy, x, weight, cos, sin, rstd, dx, dweight, x.stride(0), rows, width // head_size, head_size // 2,
         ROPE=cos is not None, NEED_WEIGHT=need_weight, DOUBLE=is_double(x),
-        num_warps=min(32, 2 * warps_of(2 * blocks["HEADS"] * blocks["HALF"])), **blocks,
+        num_warps=warps_of(2 * blocks["HEADS"] * blocks["HALF"]), **blocks,
     )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype) if need_weight else weight.new_empty(0)
 

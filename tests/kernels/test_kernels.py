@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nvlm_train import kernels
 from nvlm_train.errors import SetupError
-from nvlm_train.kernels import attention, launch
+from nvlm_train.kernels import attention
 from nvlm_train.model.attention import packed_attention
 
 torch.set_num_threads(1)
@@ -124,7 +124,7 @@ def test_triton_is_taken_on_cuda_where_it_is_installed(monkeypatch: pytest.Monke
     asked = kernels.select("triton", "cuda")
     assert asked["linear_cross_entropy"][1].endswith("asked for")
     assert asked["attention"][0] == "varlen" and "attention has no triton" in asked["attention"][1]
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     kernels._select.cache_clear()
     try:
         reason = kernels.select("auto", "cuda")["linear_cross_entropy"][1]

@@ -35,7 +35,7 @@ CROSS_ENTROPY = {
 @pytest.mark.parametrize("case", CROSS_ENTROPY.values(), ids=CROSS_ENTROPY.keys())
 def test_linear_cross_entropy(case: tuple[Any, ...]) -> None:
     report = run_interpreted("linear_cross_entropy_errors", *case)
-    within(report, 6e-3 if "bf16" in case else 1e-5)  # worst seen 2.9e-3, 2.7e-6
+    within(report, 6e-3 if "bf16" in case else 1e-5)  # worst seen 4.1e-3, 2.7e-6
 
 
 def test_linear_cross_entropy_in_corner_cases() -> None:
@@ -79,7 +79,7 @@ NORM_ROPES = {
 @pytest.mark.parametrize("case", NORM_ROPES.values(), ids=NORM_ROPES.keys())
 def test_norm_rope(case: tuple[Any, ...]) -> None:
     report = run_interpreted("norm_rope_errors", *case)
-    within(report, 1.6e-2 if "bf16" in case else 2e-6)  # worst seen BFR, FPR
+    within(report, 1.6e-2 if "bf16" in case else 2e-6)  # worst seen 7.5e-3, 1.7e-7
 
 
 def test_norm_rope_in_corner_cases() -> None:
@@ -93,11 +93,27 @@ def test_splice() -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_shuffle_layer_norm(dtype: str) -> None:
     report = run_interpreted("shuffle_layer_norm_errors", 2, 6, 21, dtype)
-    within(report, 1.6e-2 if dtype == "bf16" else 2e-6)  # worst seen BFS, FPS
+    within(report, 1.6e-2 if dtype == "bf16" else 2e-6)  # worst seen 6.9e-3, 1.1e-7
 
 
 def test_shuffle_layer_norm_in_corner_cases() -> None:
     run_interpreted("shuffle_layer_norm_details")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "recompute", "tower"),
+    [
+        ("nvlm_d", "selective", "trained"),
+        ("nvlm_x", "none", "frozen"),
+        pytest.param("nvlm_h", "full", "trained", marks=pytest.mark.slow),
+        pytest.param("nvlm_d", "none", "no image", marks=pytest.mark.slow),
+    ],
+)
+def test_the_model_with_kernels_is_the_model_without(architecture: str, recompute: str, tower: str) -> None:
+    """Every gradient of tower, projector, cross-attention and decoder; batches without an image too."""
+    report = run_interpreted("whole_model", architecture, recompute, tower)
+    assert report.pop("loss") <= 1e-6  # worst seen 1.3e-7
+    within(report, 1e-4)  # worst seen 4.8e-6
 
 
 def test_the_operators_are_what_they_say() -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from nvlm_train.errors import SetupError
 from nvlm_train.kernels import linear_cross_entropy, norm_rope, rms_norm, shuffle_layer_norm, splice
+from nvlm_train.model.nvlm import class_of
+from tiny import make_batch, model_config, set_seeded
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -104,8 +106,8 @@ def linear_cross_entropy_details() -> None:
     whole = torch.autograd.grad(entropy(h, w, targets), (h, w))
     assert torch.equal(torch.autograd.grad(entropy(h, w.detach(), targets), h)[0], whole[0])
     assert torch.equal(torch.autograd.grad(entropy(h.detach(), w, targets), w)[0], whole[1])
-    h, w = (x.double().requires_grad_() for x in randoms(4, (3, 4), (9, 4)))
-    assert torch.autograd.gradcheck(lambda h, w: entropy(h, w, targets[:3] % 9), (h, w))
+    h, w = (x.double().requires_grad_() for x in randoms(4, (2, 3), (5, 3)))
+    assert torch.autograd.gradcheck(lambda h, w: entropy(h, w, targets[:2] % 5), (h, w))
 
 
 # ---- RMSNorm
@@ -156,7 +158,7 @@ def rms_norm_details() -> None:
         raise AssertionError("a row of 20000 was taken")
     except SetupError as error:
         assert "at most 16384, this one has 20000" in str(error)
-    x, r, w, s = (t.double().requires_grad_() for t in randoms(8, (3, 5), (3, 5), (5,), (5,)))
+    x, r, w, s = (t.double().requires_grad_() for t in randoms(8, (2, 3), (2, 3), (3,), (3,)))
     assert torch.autograd.gradcheck(lambda x, w: rms_norm.triton_rms_norm(x, w, 1e-6), (x, w))
     assert torch.autograd.gradcheck(lambda x, r, w, s: add(x, r, w, 1e-6, s), (x, r, w, s))
 
@@ -197,9 +199,7 @@ def norm_rope_details() -> None:
     except SetupError as error:
         assert "at most 16384" in str(error)
     angles = torch.cat((angles, angles), 1).detach()
-    for tables in ((angles.cos(), angles.sin()), (None, None)):
-        assert torch.autograd.gradcheck(lambda x, w, t=tables: turn(x, w, *t, 4, 1e-6), (x, w))
-    assert torch.autograd.gradcheck(lambda x: turn(x, None, angles.cos(), angles.sin(), 4, 0.0), (x,))
+    assert torch.autograd.gradcheck(lambda x, w: turn(x, w, angles.cos(), angles.sin(), 4, 1e-6), (x, w))
 
 
 # ---- image features between tokens
@@ -271,6 +271,30 @@ def shuffle_layer_norm_details() -> None:
     w, b = (t.detach().double().requires_grad_() for t in (w, b))
     one = part[:1, :4].detach().double()
     assert torch.autograd.gradcheck(lambda w, b: join(one, w, b, 1e-6), (w, b))
+
+
+# ---- all of them in the model
+
+
+def whole_model(architecture: str, recompute: str, tower: str) -> dict[str, float]:
+    """Loss and every gradient with the kernels, against the same model in plain PyTorch, in fp32.
+
+    tower: "trained"; "frozen", so that pixel shuffle and norm are one; or "no image" in the batch.
+    """
+    config = model_config(architecture)
+    samples = {"trained": [(5, 1), (4, 0)], "frozen": [(5, 2), (4, 0)], "no image": [(5, 0), (4, 0)]}[tower]
+    batch = make_batch(samples, 3, architecture=architecture)
+    (features,) = randoms(14, (len(batch.tiles), 16, config.vision.hidden_size))
+    found = []
+    for name in ("triton", "torch"):
+        frozen = tower == "frozen"
+        model = class_of(config)(config, with_vision=not frozen, activation_checkpointing=recompute, kernels=name)
+        set_seeded(model, 3)
+        loss = model(batch, features if frozen else None)
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        found.append({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}})
+    return {n: relative(found[0][n], found[1][n]) for n in found[1]}
 
 
 # ---- what torch.library knows of them
