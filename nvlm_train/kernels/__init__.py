@@ -54,6 +54,12 @@ def _triton_obstacle(device_type: str) -> str | None:
     return None if device_type == "cuda" else f"runs on cuda only, this is {device_type}"
 
 
+def _liger_obstacle(device_type: str) -> str | None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger_kernel is not installed"
+    return _triton_obstacle(device_type)
+
+
 def _triton(op: str, why: str, file: str = "") -> dict[str, Kernel]:
     """An op with our Triton kernel and its PyTorch reference; both are in the file of its name unless `file` says."""
     where = f"nvlm_train.kernels.{file or op}"
@@ -81,9 +87,21 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         ),
         TORCH: Kernel("nvlm_train.kernels.attention:torch_cross_attention", "plain PyTorch", _no_obstacle),
     },
-    "linear_cross_entropy": _triton(
-        "linear_cross_entropy", "logits turned into their gradient in place, weight gradient summed in fp32"
-    ),
+    "linear_cross_entropy": {
+        "triton": Kernel(
+            "nvlm_train.kernels.linear_cross_entropy:triton_linear_cross_entropy",
+            "logits turned into their gradient in place, weight gradient summed in fp32",
+            _triton_obstacle,
+        ),
+        "liger": Kernel(
+            "nvlm_train.kernels.linear_cross_entropy:liger_linear_cross_entropy",
+            "Liger's fused linear cross-entropy",
+            _liger_obstacle,
+        ),
+        TORCH: Kernel(
+            "nvlm_train.kernels.linear_cross_entropy:torch_linear_cross_entropy", "plain PyTorch", _no_obstacle
+        ),
+    },
     "rms_norm": _triton("rms_norm", "one pass over the rows"),
     "add_rms_norm": _triton("add_rms_norm", "residual, scale and norm in one pass over the rows", "rms_norm"),
     "norm_rope": _triton("norm_rope", "norm over all heads and rotary positions in one pass over queries or keys"),
@@ -115,7 +133,7 @@ def _select(choice: str, device_type: str) -> MappingProxyType[str, tuple[str, s
     chosen: dict[str, tuple[str, str]] = {}
     for op, kernels in KERNELS.items():
         if choice in kernels:
-            interpreted = choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # tests on a CPU
+            interpreted = choice in ("triton", "liger") and os.environ.get("TRITON_INTERPRET") == "1"  # tests on a CPU
             obstacle = None if interpreted else kernels[choice].obstacle(device_type)
             if obstacle is not None:
                 raise SetupError(f"kernels: {choice!r} was asked for {op}, but {obstacle}; use auto or torch")

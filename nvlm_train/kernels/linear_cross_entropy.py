@@ -10,6 +10,9 @@ Triton: forward goes over pieces of rows. The three products are torch's; betwee
 logits in place into their gradient and gives its losses. Both gradients are ready after the forward pass, so that
 backward only scales them: nothing needs the weight again, and dW is summed over the pieces in fp32 and rounded once.
 
+Liger: its fused linear cross-entropy, asked for by name. It waits for the device once in backward, and a batch without
+labelled rows is plain PyTorch's.
+
 Limits: the gradients live from forward to backward: V x D in fp32 (2 GiB at 152064 x 3584), and a piece's logits.
 """
 
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nvlm_train.batch import IGNORE_INDEX
 from nvlm_train.kernels.launch import define, is_double
 
 try:
@@ -172,3 +176,14 @@ def triton_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor)
         loss: Tensor = _op(hidden, weight, targets, False, False)[0]
         return loss
     return _LinearCrossEntropy.apply(hidden, weight, targets)
+
+
+def liger_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """[R, D], [V, D], i64[R] -> fp32 scalar; see above."""
+    if not len(hidden):
+        return torch_linear_cross_entropy(hidden, weight, targets)
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    options = (None, None, IGNORE_INDEX, 0.0, 0.0, "sum", None, False, torch.float32)
+    loss: Tensor = LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets, *options)[0]
+    return loss.float()

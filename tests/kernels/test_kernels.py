@@ -109,7 +109,8 @@ def test_auto_on_the_cpu_is_torch_with_the_reason() -> None:
     auto, asked = kernels.select("auto", "cpu"), kernels.select("torch", "cpu")
     for op in kernels.KERNELS:
         first = "varlen" if "attention" in op else "triton"
-        assert auto[op] == ("torch", f"plain PyTorch; not {first}: runs on cuda only, this is cpu")
+        name, reason = auto[op]
+        assert name == "torch" and reason.startswith(f"plain PyTorch; not {first}: runs on cuda only, this is cpu")
         assert asked[op] == ("torch", "plain PyTorch; asked for")
         assert kernels.select("torch", "cuda")[op][0] == "torch"
     assert kernels.load("attention", "torch") is attention.torch_attention
@@ -128,7 +129,9 @@ def test_triton_is_taken_on_cuda_where_it_is_installed(monkeypatch: pytest.Monke
     kernels._select.cache_clear()
     try:
         reason = kernels.select("auto", "cuda")["linear_cross_entropy"][1]
-        assert reason == "plain PyTorch; not triton: triton is not installed"
+        assert reason.startswith("plain PyTorch; not triton: triton is not installed; not liger: liger_kernel is not")
+        with pytest.raises(SetupError, match="'liger' was asked for linear_cross_entropy, but liger_kernel is not i"):
+            kernels.select("liger", "cuda")
         with pytest.raises(SetupError, match=r"'triton' was asked for .*, but triton is not installed; use auto or to"):
             kernels.select("triton", "cuda")
     finally:
@@ -153,7 +156,7 @@ def test_auto_without_varlen_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_choice_that_is_unknown_or_cannot_run_is_refused() -> None:
-    with pytest.raises(SetupError, match="'tritn' is not known; known are auto, torch, triton, varlen"):
+    with pytest.raises(SetupError, match="'tritn' is not known; known are auto, liger, torch, triton, varlen"):
         kernels.select("tritn", "cpu")
     with pytest.raises(SetupError, match="'varlen' was asked for attention, but runs on cuda only, this is cpu"):
         kernels.select("varlen", "cpu")

@@ -42,6 +42,13 @@ def test_linear_cross_entropy_in_corner_cases() -> None:
     run_interpreted("linear_cross_entropy_details")
 
 
+@pytest.mark.slow
+def test_liger_where_it_is_asked_for() -> None:
+    """Slow because importing Liger takes seconds."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed (scripts/install does)")
+    within(run_interpreted("liger_errors"), 1e-6)  # worst seen LG
+
+
 NORMS = {
     # rows, width, residual, scale, type
     "plain": ((2, 3), 24, False, None, "fp32"),
@@ -114,6 +121,10 @@ def test_the_model_with_kernels_is_the_model_without(architecture: str, recomput
     report = run_interpreted("whole_model", architecture, recompute, tower)
     assert report.pop("loss") <= 1e-6  # worst seen 1.3e-7
     within(report, 1e-4)  # worst seen 4.8e-6
+
+
+def test_compile_makes_one_graph_of_each_op() -> None:
+    run_interpreted("compiled")
 
 
 def test_the_operators_are_what_they_say() -> None:

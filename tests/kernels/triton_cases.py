@@ -110,6 +110,17 @@ def linear_cross_entropy_details() -> None:
     assert torch.autograd.gradcheck(lambda h, w: entropy(h, w, targets[:2] % 5), (h, w))
 
 
+def liger_errors() -> dict[str, float]:
+    """And no labelled row: loss 0, gradients of zero."""
+    h, w = randoms(1, (7, 24), (67, 24))
+    targets = torch.arange(7)
+    liger = linear_cross_entropy.liger_linear_cross_entropy
+    empty, own = h[:0].clone().requires_grad_(), w.clone().requires_grad_()
+    liger(empty, own, targets[:0]).backward()
+    assert own.grad is not None and not own.grad.any()
+    return errors(lambda h, w: liger(h, w, targets), _plain_cross_entropy(targets), [h, w], torch.float32, 0.3)
+
+
 # ---- RMSNorm
 
 
@@ -305,6 +316,30 @@ def check_operator(name: str, *arguments: Any) -> None:
     torch.library.opcheck(
         getattr(torch.ops.nvlm_train, name).default, arguments, test_utils=("test_schema", "test_faketensor")
     )
+
+
+def compiled() -> None:
+    """torch.compile makes one graph of each op, forward and backward, with the same bits."""
+    x, r, w, s = randoms(15, (4, 12), (4, 12), (12,), (12,))
+    bias, table, angles = torch.zeros(12), r, torch.cat([s[:2].expand(4, 2)] * 2, 1)
+    ids, slots = torch.tensor([0, 1, 2, 3]), torch.tensor([-1, 0, 2, -1])
+    features = x.view(1, 16, 3)
+    functions: list[tuple[Callable[..., Any], list[Tensor]]] = [
+        (lambda x, w: rms_norm.triton_rms_norm(x, w, 1e-6), [x, w]),
+        (lambda x, r, w, s: rms_norm.triton_add_rms_norm(x, r, w, 1e-6, s)[1], [x, r, w, s]),
+        (lambda x, w: norm_rope.triton_norm_rope(x, w, angles.cos(), angles.sin(), 4, 1e-6), [x, w]),
+        (lambda t, f: splice.triton_splice(ids, slots, t, f), [table, x]),
+        (lambda w, b: shuffle_layer_norm.triton_shuffle_layer_norm(features, w, b, 1e-6), [w, bias]),
+        (lambda h, w: linear_cross_entropy.triton_linear_cross_entropy(h, w, ids), [x, r]),
+    ]
+    for function, leaves in functions:
+        results = []
+        for run in (torch.compile(function, fullgraph=True, backend="aot_eager"), function):
+            own = [leaf.clone().requires_grad_() for leaf in leaves]
+            out = run(*own)
+            results.append((out, *torch.autograd.grad(out.sum(), own)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(functions)  # nothing was run as it is
 
 
 def operators() -> None:
