@@ -2,8 +2,9 @@
 
     out_t = features[slot_t]  where slot_t >= 0,  else  table[id_t]
 
-ids, slots: i64[rows]; table: [V, D]; features: [M, D] -> [rows, D]. No feature is taken twice (the collator's rule), so
-that d_features is a plain copy, zero where nothing takes a feature; d_table sums over the other rows.
+ids, slots: i64[rows]; table: [V, D]; features: [M, D] -> [rows, D]. Without ids the table is the rows themselves,
+[rows, D], which is how images are put between tokens that are embedded already. No feature is taken twice (the
+collator's rule), so that d_features is a plain copy, zero where nothing takes a feature; d_table sums over other rows.
 
 Example: ids [5 0 0 7], slots [-1 1 0 -1] -> [table[5], features[1], features[0], table[7]].
 
@@ -31,11 +32,11 @@ except ImportError:
 _BLOCK = 1024  # columns; 8 a thread, 128 bits in bf16
 
 
-def torch_splice(ids: Tensor, slots: Tensor, table: Tensor, features: Tensor) -> Tensor:
-    """i64[rows], i64[rows], [V, D], [M, D] -> [rows, D]; see above."""
+def torch_splice(ids: Tensor | None, slots: Tensor, table: Tensor, features: Tensor) -> Tensor:
+    """i64[rows] or None, i64[rows], [V, D], [M, D] -> [rows, D]; see above."""
     # Text positions read row 0 and drop it again: no search for the image positions, so no wait for the device,
     # and image tokens that nothing takes get a gradient of exactly zero.
-    embedded = F.embedding(ids, table)  # [rows, D]
+    embedded = table if ids is None else F.embedding(ids, table)  # [rows, D]
     taken = F.embedding(slots.clamp(min=0), features)  # [rows, D]
     return torch.where((slots >= 0).unsqueeze(-1), taken, embedded)  # [rows, D]
 
@@ -43,10 +44,12 @@ def torch_splice(ids: Tensor, slots: Tensor, table: Tensor, features: Tensor) ->
 if triton is not None:
 
     @triton.jit
-    def splice_forward_kernel(ids, slots, table, features, out, width, BLOCK: tl.constexpr):
+    def splice_forward_kernel(ids, slots, table, features, out, width, IDS: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         slot = tl.load(slots + row)
-        token = tl.load(ids + row)
+        token = row
+        if IDS:
+            token = tl.load(ids + row)
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)
             image = tl.load(features + slot * width + at, mask=(at < width) & (slot >= 0), other=0.0)
@@ -66,22 +69,24 @@ if triton is not None:
                 tl.store(dtext + row * width + at, tl.where(slot >= 0, 0.0, gradient), mask=at < width)
 
 
-def _forward(ids: Tensor, slots: Tensor, table: Tensor, features: Tensor) -> Tensor:
-    rows, width = ids.shape[0], table.shape[1]
+def _forward(ids: Tensor | None, slots: Tensor, table: Tensor, features: Tensor) -> Tensor:
+    rows, width = slots.shape[0], table.shape[1]
+    ids = None if ids is None else ids.contiguous()
     out = torch.empty(rows, width, dtype=table.dtype, device=table.device)
     if rows:
         splice_forward_kernel[(rows,)](
-            ids.contiguous(), slots.contiguous(), table, features.contiguous(), out, width, BLOCK=_BLOCK, num_warps=4
-        )
+            ids, slots.contiguous(), table.contiguous(), features.contiguous(), out, width,
+            IDS=ids is not None, BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
     return out
 
 
-def _forward_fake(ids: Tensor, slots: Tensor, table: Tensor, features: Tensor) -> Tensor:
-    return table.new_empty(ids.shape[0], table.shape[1])
+def _forward_fake(ids: Tensor | None, slots: Tensor, table: Tensor, features: Tensor) -> Tensor:
+    return table.new_empty(slots.shape[0], table.shape[1])
 
 
 def _backward(
-    dout: Tensor, ids: Tensor, slots: Tensor, vocabulary: int, num_features: int, need_table: bool
+    dout: Tensor, ids: Tensor | None, slots: Tensor, vocabulary: int, num_features: int, need_table: bool
 ) -> tuple[Tensor, Tensor]:
     rows, width = dout.shape
     dout = dout.contiguous()
@@ -91,23 +96,24 @@ def _backward(
         splice_backward_kernel[(rows,)](
             dout, slots.contiguous(), dfeatures, dtext, width, NEED_TEXT=need_table, BLOCK=_BLOCK, num_warps=4
         )
-    if not need_table:
+    if not need_table or ids is None:
         return dfeatures, dtext
     return dfeatures, torch.ops.aten.embedding_dense_backward(dtext, ids, vocabulary, -1, False)  # [V, D]
 
 
 def _backward_fake(
-    dout: Tensor, ids: Tensor, slots: Tensor, vocabulary: int, num_features: int, need_table: bool
+    dout: Tensor, ids: Tensor | None, slots: Tensor, vocabulary: int, num_features: int, need_table: bool
 ) -> tuple[Tensor, Tensor]:
     width = dout.shape[1]
-    return dout.new_empty(num_features, width), dout.new_empty((vocabulary, width) if need_table else 0)
+    rows = vocabulary if ids is not None else dout.shape[0]
+    return dout.new_empty(num_features, width), dout.new_empty((rows, width) if need_table else 0)
 
 
 _forward_op = define(
-    "splice(Tensor ids, Tensor slots, Tensor table, Tensor features) -> Tensor", _forward, _forward_fake
+    "splice(Tensor? ids, Tensor slots, Tensor table, Tensor features) -> Tensor", _forward, _forward_fake
 )
 _backward_op = define(
-    "splice_backward(Tensor dout, Tensor ids, Tensor slots, int vocabulary, int num_features, bool need_table)"
+    "splice_backward(Tensor dout, Tensor? ids, Tensor slots, int vocabulary, int num_features, bool need_table)"
     " -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -116,7 +122,7 @@ _backward_op = define(
 
 class _Splice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, slots: Tensor, table: Tensor, features: Tensor) -> Tensor:
+    def forward(ctx: Any, ids: Tensor | None, slots: Tensor, table: Tensor, features: Tensor) -> Tensor:
         ctx.save_for_backward(ids, slots)
         ctx.sizes = table.shape[0], features.shape[0]
         return _forward_op(ids, slots, table, features)
@@ -129,7 +135,7 @@ class _Splice(torch.autograd.Function):
         return None, None, dtable if need_table else None, dfeatures if need_features else None
 
 
-def triton_splice(ids: Tensor, slots: Tensor, table: Tensor, features: Tensor) -> Tensor:
-    """i64[rows], i64[rows], [V, D], [M, D] -> [rows, D]; see above."""
+def triton_splice(ids: Tensor | None, slots: Tensor, table: Tensor, features: Tensor) -> Tensor:
+    """i64[rows] or None, i64[rows], [V, D], [M, D] -> [rows, D]; see above."""
     out: Tensor = _Splice.apply(ids, slots, table, features)
     return out

@@ -114,6 +114,18 @@ class TokenEmbedding(nn.Embedding):
         x: Tensor = put(ids.flatten(), slots.flatten(), self.weight, image_tokens)  # [rows, D]
         return x.view(*ids.shape, -1)  # [..., D]
 
+    def with_images(self, ids: Tensor, slots: Tensor, image_tokens: Tensor) -> Tensor:
+        """As forward, for the caller outside; a frozen table is left before the images come.
+
+        Their gradient would pass through this module otherwise, and ZeRO-3 would gather the table again for nothing.
+        """
+        if any(p.requires_grad for p in self.parameters()):  # naming the weight would make ZeRO-3 gather it
+            embedded: Tensor = self(ids, slots, image_tokens)  # [..., D]
+            return embedded
+        put = kernels.chosen("splice", self.kernels, ids.device.type)
+        x: Tensor = put(None, slots.flatten(), self(ids).flatten(0, -2), image_tokens)  # [rows, D]
+        return x.view(*ids.shape, -1)  # [..., D]
+
 
 class Decoder(nn.Module):
     """Embedding, layers and final norm; the embedding is called by whoever puts images between the tokens."""

@@ -115,7 +115,8 @@ class NvlmD(Nvlm):
     """All image tokens enter the decoder's sequence, in the places that `Batch.image_slots` names."""
 
     def _decode(self, batch: Batch, image_tokens: Tensor) -> Tensor:
-        x = self.language_model.model.embed_tokens(batch.input_ids, batch.image_slots, image_tokens)  # [B, S, D]
+        embed = self.language_model.model.embed_tokens.with_images
+        x = embed(batch.input_ids, batch.image_slots, image_tokens)  # [B, S, D]
         return self._run_decoder(x, batch)  # [B, S, D]
 
 
@@ -139,7 +140,7 @@ class NvlmH(Nvlm):
         memory = _memory_of(batch)
         ids = torch.cat((batch.input_ids.flatten(), memory.ids))  # [B*S + M]
         slots = torch.cat((batch.image_slots.flatten(), memory.slots))  # [B*S + M]
-        embed = self.language_model.model.embed_tokens
+        embed = self.language_model.model.embed_tokens.with_images
         embedded = embed(ids, slots, image_tokens)  # [B*S + M, D]; one call: one gather under ZeRO-3
         x, rows = embedded.split((batch.input_ids.numel(), len(memory.ids)))  # [B*S, D], [M, D]
         if not len(rows):  # one row of zeros, which nothing reads: the layers run all the same

@@ -96,7 +96,7 @@ def builds() -> dict[str, Build]:
     builds["splice forward"] = Build(
         lambda: splice.splice_forward_kernel,
         f"ids:*i64 slots:*i64 table:{bf} features:{bf} out:{bf} width:i32",
-        {"BLOCK": 1024},
+        {"IDS": True, "BLOCK": 1024},
         4,
         {"width"},
     )

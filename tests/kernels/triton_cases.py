@@ -241,6 +241,11 @@ def splice_cases() -> None:
         assert torch.equal(torch.autograd.grad(half, features, cotangent)[0], grads[0][1])
         half = put(ids, slots, table, features.detach())
         assert torch.equal(torch.autograd.grad(half, table, cotangent)[0], grads[0][0])
+        (tokens,) = (t.to(dtype).requires_grad_() for t in randoms(16, (rows, width)))  # embedded already
+        ours, theirs = (f(None, slots, tokens, features) for f in (put, reference))
+        assert torch.equal(ours, theirs)
+        grads = [torch.autograd.grad(out, (tokens, features), cotangent) for out in (ours, theirs)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 # ---- pixel shuffle and LayerNorm
@@ -364,7 +369,8 @@ def operators() -> None:
     table, features, cotangent = randoms(5, (3, 4), (2, 4), (3, 4))
     check_operator("splice", ids, slots, table, features)
     for need in (True, False):
-        check_operator("splice_backward", cotangent, ids, slots, 3, 2, need)
+        for own in (ids, None):
+            check_operator("splice_backward", cotangent, own, slots, 3, 2, need)
     features, w, b, rstd, dy = randoms(5, (2, 4, 3), (12,), (12,), (2,), (2, 12))
     check_operator("shuffle_layer_norm", features, w, b, 1e-6)
     check_operator("shuffle_layer_norm_backward", dy, features, rstd, rstd)
