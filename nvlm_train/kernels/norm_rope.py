@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvlm_train.errors import SetupError
 from nvlm_train.kernels.launch import block_of, define, is_double, programs_of, warps_of
 from nvlm_train.kernels.rms_norm import torch_rms_norm
 
@@ -121,7 +122,9 @@ if triton is not None:
 
 
 def _blocks(width: int, head_size: int) -> dict[str, int]:
-    """Powers of two that hold the heads and half a head."""
+    """Powers of two that hold the heads and half a head. Raises SetupError for sizes that a program cannot hold."""
+    if head_size % 2:
+        raise SetupError(f"kernels: norm_rope in triton takes even head sizes, this one is {head_size}; use torch")
     heads, half = block_of(width // head_size, "norm_rope"), block_of(head_size // 2, "norm_rope")
     block_of(2 * heads * half, "norm_rope")
     return {"HEADS": heads, "HALF": half}

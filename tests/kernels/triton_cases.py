@@ -204,11 +204,12 @@ def norm_rope_details() -> None:
     assert turn(x[:0], w, None, None, 4, 1e-6).shape == (0, 8)
     frozen = torch.autograd.grad(turn(x, w.detach(), None, None, 4, 1e-6).sum(), x)
     assert torch.equal(frozen[0], torch.autograd.grad(turn(x, w, None, None, 4, 1e-6).sum(), x)[0])
-    try:
-        turn(torch.ones(1, 20000), None, torch.ones(1, 100), torch.ones(1, 100), 100, 0.0)
-        raise AssertionError("a row of 20000 was taken")
-    except SetupError as error:
-        assert "at most 16384" in str(error)
+    for width, head_size, message in ((20000, 100, "at most 16384"), (15, 5, "even head sizes, this one is 5")):
+        try:
+            turn(torch.ones(1, width), torch.ones(width), None, None, head_size, 0.0)
+            raise AssertionError(f"a row of {width} was taken")
+        except SetupError as error:
+            assert message in str(error)
     angles = torch.cat((angles, angles), 1).detach()
     assert torch.autograd.gradcheck(lambda x, w: turn(x, w, angles.cos(), angles.sin(), 4, 1e-6), (x, w))
 
