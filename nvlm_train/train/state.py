@@ -25,6 +25,7 @@ from nvlm_train.engine.node import ReadOncePerNode
 from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
 from nvlm_train.hub import local_folder
+from nvlm_train.kernels import select
 from nvlm_train.model import lora
 from nvlm_train.model.dropout import Draws
 from nvlm_train.model.nvlm import class_of
@@ -325,6 +326,7 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     """
     dtype = DTYPES[recipe.precision]
     four_bits = recipe.train.quantize == "nf4"
+    select(recipe.kernels, world.device.type)  # a choice that cannot run here is refused before anything is loaded
     began = time.monotonic()
     with ReadOncePerNode(weights, world, recipe.distributed.timeout_s) as shared:
         tower = None
