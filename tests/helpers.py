@@ -113,6 +113,7 @@ def _load(path: Path) -> Any:
 def _work(rank: int, world_size: int, port: int, extensions: Path, pipe: Connection) -> None:
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({key: str(value) for key, value in values.items()})
+    os.environ["TRITON_INTERPRET"] = "1"  # `kernels: triton` is run by Triton's interpreter; `auto` is not changed
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCH_EXTENSIONS_DIR=str(extensions))
     sys.path.insert(0, str(TESTS))
     import torch

@@ -7,6 +7,8 @@ op and are imported only when they are used, so that choosing costs no import.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -46,6 +48,27 @@ def _varlen_obstacle(device_type: str) -> str | None:
     return None if hasattr(module, "varlen_attn") else "this torch's torch.nn.attention.varlen has no varlen_attn"
 
 
+def _triton_obstacle(device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None if device_type == "cuda" else f"runs on cuda only, this is {device_type}"
+
+
+def _liger_obstacle(device_type: str) -> str | None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger_kernel is not installed"
+    return _triton_obstacle(device_type)
+
+
+def _triton(op: str, why: str, file: str = "") -> dict[str, Kernel]:
+    """An op with our Triton kernel and its PyTorch reference; both are in the file of its name unless `file` says."""
+    where = f"nvlm_train.kernels.{file or op}"
+    return {
+        "triton": Kernel(f"{where}:triton_{op}", why, _triton_obstacle),
+        TORCH: Kernel(f"{where}:torch_{op}", "plain PyTorch", _no_obstacle),
+    }
+
+
 # In order of preference; `auto` takes the first that can run.
 KERNELS: dict[str, dict[str, Kernel]] = {
     "attention": {
@@ -64,13 +87,36 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         ),
         TORCH: Kernel("nvlm_train.kernels.attention:torch_cross_attention", "plain PyTorch", _no_obstacle),
     },
+    "linear_cross_entropy": {
+        "triton": Kernel(
+            "nvlm_train.kernels.linear_cross_entropy:triton_linear_cross_entropy",
+            "logits turned into their gradient in place, weight gradient summed in fp32",
+            _triton_obstacle,
+        ),
+        "liger": Kernel(
+            "nvlm_train.kernels.linear_cross_entropy:liger_linear_cross_entropy",
+            "Liger's fused linear cross-entropy",
+            _liger_obstacle,
+        ),
+        TORCH: Kernel(
+            "nvlm_train.kernels.linear_cross_entropy:torch_linear_cross_entropy", "plain PyTorch", _no_obstacle
+        ),
+    },
+    "rms_norm": _triton("rms_norm", "one pass over the rows"),
+    "add_rms_norm": _triton("add_rms_norm", "residual, scale and norm in one pass over the rows", "rms_norm"),
+    "norm_rope": _triton("norm_rope", "norm over all heads and rotary positions in one pass over queries or keys"),
+    "splice": _triton("splice", "each row of tokens and images written once"),
+    "shuffle_layer_norm": _triton(
+        "shuffle_layer_norm", "pixel shuffle and LayerNorm in one pass (behind a trained tower: plain PyTorch)"
+    ),
 }
 
 
 def select(choice: str, device_type: str) -> dict[str, tuple[str, str]]:
     """The implementation of every op and the reason, for the first screen of a run.
 
-    choice: "auto" takes the first that can run; "torch" plain PyTorch; any other name is forced where an op has it.
+    choice: "auto" takes the first that can run; "torch" plain PyTorch; any other name is forced on the ops that have
+        it, and the others are chosen as by auto.
     device_type: "cpu" or "cuda".
     Example: `select("auto", "cpu")` is
         `{"attention": ("torch", "plain PyTorch; not varlen: runs on cuda only, this is cpu")}`.
@@ -86,20 +132,20 @@ def _select(choice: str, device_type: str) -> MappingProxyType[str, tuple[str, s
         raise SetupError(f"kernels: {choice!r} is not known; known are auto, {', '.join(known)}")
     chosen: dict[str, tuple[str, str]] = {}
     for op, kernels in KERNELS.items():
-        if choice == "auto":
-            skipped: list[str] = []
-            for name, kernel in kernels.items():
-                obstacle = kernel.obstacle(device_type)
-                if obstacle is None:
-                    chosen[op] = (name, "; ".join([kernel.why, *skipped]))
-                    break
-                skipped.append(f"not {name}: {obstacle}")
-        else:
-            name = choice if choice in kernels else TORCH
-            obstacle = kernels[name].obstacle(device_type)
+        if choice in kernels:
+            interpreted = choice in ("triton", "liger") and os.environ.get("TRITON_INTERPRET") == "1"  # tests on a CPU
+            obstacle = None if interpreted else kernels[choice].obstacle(device_type)
             if obstacle is not None:
-                raise SetupError(f"kernels: {name!r} was asked for {op}, but {obstacle}; use auto or torch")
-            chosen[op] = (name, f"{kernels[name].why}; asked for" if name == choice else f"{op} has no {choice}")
+                raise SetupError(f"kernels: {choice!r} was asked for {op}, but {obstacle}; use auto or torch")
+            chosen[op] = (choice, f"{kernels[choice].why}; asked for")
+            continue
+        reasons = [] if choice == "auto" else [f"{op} has no {choice}"]
+        for name, kernel in kernels.items():
+            obstacle = kernel.obstacle(device_type)
+            if obstacle is None:
+                chosen[op] = (name, "; ".join([kernel.why, *reasons]))
+                break
+            reasons.append(f"not {name}: {obstacle}")
     return MappingProxyType(chosen)
 
 
@@ -109,3 +155,9 @@ def load(op: str, name: str) -> Callable[..., Any]:
     module, function = KERNELS[op][name].entry.split(":")
     loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return loaded
+
+
+@cache
+def chosen(op: str, choice: str, device_type: str) -> Callable[..., Any]:
+    """The function that `select` takes for an op: what modules call."""
+    return load(op, select(choice, device_type)[op][0])

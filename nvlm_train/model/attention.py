@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, overload
+
 import torch
 from torch import Tensor, nn
 
@@ -14,16 +16,49 @@ class RMSNorm(nn.Module):
     The order is that of transformers' Qwen2RMSNorm and of InternViT's norm; in bf16 the other order differs.
     """
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, kernels: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.kernels = kernels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., width] -> same shape and type."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+    @overload
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def __call__(self, x: Tensor, residual: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: [..., width] -> same shape and type; with a residual `s = residual + scale * x` and the normed s.
+
+        residual: [..., width]. scale: [width], [1] or None.
+        """
+        device = x.device.type
+        if residual is None:
+            y: Tensor = kernels.chosen("rms_norm", self.kernels, device)(x, self.weight, self.eps)
+            return y
+        add = kernels.chosen("add_rms_norm", self.kernels, device)
+        both: tuple[Tensor, Tensor] = add(x, residual, self.weight, self.eps, scale)
+        return both
+
+
+class QkNorm(RMSNorm):
+    """RMSNorm of queries or keys over all heads jointly; rows may be parts of a packed qkv, which are not copied."""
+
+    def __init__(self, width: int, head_size: int, eps: float, kernels: str = "auto") -> None:
+        super().__init__(width, eps, kernels)
+        self.head_size = head_size
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """x: [T, rows, width] -> same shape and type. Nothing is added."""
+        norm = kernels.chosen("norm_rope", self.kernels, x.device.type)
+        y: Tensor = norm(x.flatten(0, 1), self.weight, None, None, self.head_size, self.eps)  # [T*rows, width]
+        return y.view(x.shape)
 
 
 @torch.no_grad()
@@ -33,19 +68,13 @@ def rotary_tables(position_ids: Tensor, head_size: int, theta: float, dtype: tor
     Computed in fp32 from the configuration on every call: there is no buffer that a cast of the model, or building
     it under ZeRO-3 in bf16, could round (bf16 has 8 bits: position 30000 would be off by 60).
 
-    position_ids: i64[B, S]. Returns cos and sin, dtype[B, S, 1, H], both halves of H alike (transformers' layout).
+    position_ids: i64[B, S]. Returns cos and sin, dtype[B*S, H], both halves of H alike (transformers' layout).
     """
     channels = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_ids.device)  # [H/2]
     frequencies = 1.0 / (theta ** (channels / head_size))  # [H/2]
-    angles = position_ids[..., None, None].float() * frequencies  # [B, S, 1, H/2]
-    angles = torch.cat((angles, angles), dim=-1)  # [B, S, 1, H]
+    angles = position_ids.flatten()[:, None].float() * frequencies  # [B*S, H/2]
+    angles = torch.cat((angles, angles), dim=-1)  # [B*S, H]
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns channel pairs (c, c + H/2) by their angle. x: [B, S, heads, H]; cos, sin: [B, S, 1, H]."""
-    first, second = x.chunk(2, dim=-1)  # [B, S, heads, H/2] each
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def packed_attention(

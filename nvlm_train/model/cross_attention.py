@@ -59,15 +59,16 @@ class Layer(nn.Module):
     def __init__(self, config: schema.Model, kernels: str) -> None:
         super().__init__()
         lm, own = config.language_model, config.cross_attention
-        self.input_layernorm = RMSNorm(lm.hidden_size, lm.rms_norm_eps)
-        self.memory_norm = RMSNorm(lm.hidden_size, lm.rms_norm_eps) if own.memory_norm == "rms_norm" else None
+        self.input_layernorm = RMSNorm(lm.hidden_size, lm.rms_norm_eps, kernels)
+        own_norm = own.memory_norm == "rms_norm"
+        self.memory_norm = RMSNorm(lm.hidden_size, lm.rms_norm_eps, kernels) if own_norm else None
         self.attn = Attention(config, kernels)
         gated = own.gate == "tanh"
         self.attn_gate = nn.Parameter(torch.full((1,), float(own.gate_init))) if gated else None
         self.mlp: FeedForward | None = None
         self.mlp_gate: nn.Parameter | None = None
         if own.feed_forward:
-            self.post_attention_layernorm = RMSNorm(lm.hidden_size, lm.rms_norm_eps)
+            self.post_attention_layernorm = RMSNorm(lm.hidden_size, lm.rms_norm_eps, kernels)
             self.mlp = FeedForward(lm)
             self.mlp_gate = nn.Parameter(torch.full((1,), float(own.gate_init))) if gated else None
 
@@ -77,9 +78,13 @@ class Layer(nn.Module):
         h = flat.index_select(0, reads.query_rows)  # [U, D]
         if self.memory_norm is not None:
             memory = self.memory_norm(memory)  # [M, D]
-        h = h + _gated(self.attn_gate, self.attn(self.input_layernorm(h), memory, reads))  # [U, D]
-        if self.mlp is not None:
-            h = h + _gated(self.mlp_gate, self.mlp(self.post_attention_layernorm(h)))  # [U, D]
+        read = self.attn(self.input_layernorm(h), memory, reads)  # [U, D]
+        if self.mlp is None:
+            h = h + _gated(self.attn_gate, read)  # [U, D]
+        else:
+            gate = None if self.attn_gate is None else torch.tanh(self.attn_gate)  # [1]
+            h, normed = self.post_attention_layernorm(read, h, gate)  # [U, D] each; h + gate * read, and normed
+            h = h + _gated(self.mlp_gate, self.mlp(normed))  # [U, D]
         return flat.index_copy(0, reads.query_rows, h).view_as(x)  # [B, S, D]
 
 

@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from nvlm_train import kernels
 from nvlm_train.batch import IGNORE_INDEX
-from nvlm_train.model.attention import RMSNorm, packed_attention, rotary_tables, rotate
+from nvlm_train.model.attention import RMSNorm, packed_attention, rotary_tables
 from nvlm_train.model.recompute import Recompute
 from nvlm_train.recipe import schema
-
-# Logits held at once, in elements: 512 MiB in fp32. More labelled rows are done in pieces, recomputed in backward.
-MAX_LOGITS = 2**27
-
 
 Reader = Callable[[Tensor], Tensor]  # hidden states [B, S, D] with what cross-attention read: [B, S, D]
 
@@ -41,11 +36,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_size, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """x: [B, S, D]; cos, sin: [B, S, 1, H] -> [B, S, D]."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, N, H]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, H]
+        """x: [B, S, D]; cos, sin: [B*S, H] -> [B, S, D]."""
+        turn = kernels.chosen("norm_rope", self.kernels, x.device.type)
+        q, k = (
+            turn(part.flatten(0, 1), None, cos, sin, self.head_size, 0.0).view(*x.shape[:2], -1, self.head_size)
+            for part in (self.q_proj(x), self.k_proj(x))
+        )  # [B, S, N, H], [B, S, K, H]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_size))  # [B, S, K, H]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = packed_attention(q, k, v, cu_seqlens, max_seqlen, causal=True, choice=self.kernels)  # [B, S, N, H]
         return self.o_proj(out.flatten(2))  # [B, S, D]
 
@@ -74,8 +71,8 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, kernels)
         self.mlp = FeedForward(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
     def forward(
         self,
@@ -90,13 +87,44 @@ class Layer(nn.Module):
         """x: [B, S, D] -> [B, S, D]."""
         if reader is not None and place == "before":
             x = reader(x)  # [B, S, D]
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)  # [B, S, D]
         if reader is not None and place == "between":
-            x = reader(x)  # [B, S, D]
-        x = x + self.mlp(self.post_attention_layernorm(x))
+            x = reader(x + attended)  # [B, S, D]
+            normed = self.post_attention_layernorm(x)  # [B, S, D]
+        else:
+            x, normed = self.post_attention_layernorm(attended, x)  # [B, S, D] each; x + attended, and normed
+        x = x + self.mlp(normed)
         if reader is not None and place == "after":
             x = reader(x)  # [B, S, D]
         return x
+
+
+class TokenEmbedding(nn.Embedding):
+    """The table of tokens. It owns its weight, so image tokens are put between the others here."""
+
+    def __init__(self, config: schema.LanguageModel, kernels: str) -> None:
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.kernels = kernels
+
+    def forward(self, ids: Tensor, slots: Tensor | None = None, image_tokens: Tensor | None = None) -> Tensor:
+        """ids: i64[...]; slots: i64[...] the image token of each place, or -1; image_tokens: [T*Q, D] -> [..., D]."""
+        if slots is None or image_tokens is None:
+            return super().forward(ids)  # [..., D]
+        put = kernels.chosen("splice", self.kernels, ids.device.type)
+        x: Tensor = put(ids.flatten(), slots.flatten(), self.weight, image_tokens)  # [rows, D]
+        return x.view(*ids.shape, -1)  # [..., D]
+
+    def with_images(self, ids: Tensor, slots: Tensor, image_tokens: Tensor) -> Tensor:
+        """As forward, for the caller outside; a frozen table is left before the images come.
+
+        Their gradient would pass through this module otherwise, and ZeRO-3 would gather the table again for nothing.
+        """
+        if any(p.requires_grad for p in self.parameters()):  # naming the weight would make ZeRO-3 gather it
+            embedded: Tensor = self(ids, slots, image_tokens)  # [..., D]
+            return embedded
+        put = kernels.chosen("splice", self.kernels, ids.device.type)
+        x: Tensor = put(None, slots.flatten(), self(ids).flatten(0, -2), image_tokens)  # [rows, D]
+        return x.view(*ids.shape, -1)  # [..., D]
 
 
 class Decoder(nn.Module):
@@ -106,9 +134,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = Recompute(activation_checkpointing)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config, kernels)
         self.layers = nn.ModuleList(Layer(config, kernels) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
     def forward(
         self,
@@ -125,7 +153,7 @@ class Decoder(nn.Module):
         """
         readers = readers or {}
         head_size = self.config.hidden_size // self.config.num_attention_heads
-        cos, sin = rotary_tables(position_ids, head_size, self.config.rope_theta, x.dtype)  # [B, S, 1, H]
+        cos, sin = rotary_tables(position_ids, head_size, self.config.rope_theta, x.dtype)  # [B*S, H]
         for number, layer in enumerate(self.layers):
             x = self.recompute(layer, x, cos, sin, cu_seqlens, max_seqlen, readers.get(number), place)
         return self.norm(x)
@@ -134,8 +162,9 @@ class Decoder(nn.Module):
 class LmHead(nn.Linear):
     """The output matrix. It owns its weight, so the loss is computed here, on labelled rows only."""
 
-    def __init__(self, config: schema.LanguageModel) -> None:
+    def __init__(self, config: schema.LanguageModel, kernels: str = "auto") -> None:
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self.kernels = kernels
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, num_labels: int | None = None) -> Tensor:
         """The summed cross-entropy, or the logits where there are no labels.
@@ -156,21 +185,10 @@ class LmHead(nn.Linear):
             rows = counts.nonzero_static(size=num_labels).squeeze(1)  # [R]
         picked = hidden.flatten(0, 1).index_select(0, rows)  # [R, D]
         targets = labels.flatten().index_select(0, rows)  # [R]
-        rows_at_once = max(1, MAX_LOGITS // self.out_features)
-        if len(rows) <= rows_at_once:
-            return self._loss(picked, targets)
-        losses = []
-        for piece in zip(picked.split(rows_at_once), targets.split(rows_at_once), strict=True):
-            if torch.is_grad_enabled():
-                losses.append(checkpoint(self._loss, *piece, use_reentrant=False, preserve_rng_state=False))
-            else:
-                losses.append(self._loss(*piece))
-        return torch.stack(losses).sum()
-
-    def _loss(self, picked: Tensor, targets: Tensor) -> Tensor:
-        """[R, D], i64[R] -> fp32 scalar; R may be 0."""
-        logits = super().forward(picked).float()  # [R, V]
-        return F.cross_entropy(logits, targets, reduction="sum")
+        loss: Tensor = kernels.chosen("linear_cross_entropy", self.kernels, hidden.device.type)(
+            picked, self.weight, targets
+        )
+        return loss
 
 
 class LanguageModel(nn.Module):
@@ -181,6 +199,6 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model = Decoder(config, activation_checkpointing, kernels)
-        self.lm_head = LmHead(config)
+        self.lm_head = LmHead(config, kernels)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

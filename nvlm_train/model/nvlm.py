@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvlm_train.batch import Batch, Memory
 from nvlm_train.model.cross_attention import CrossAttention
 from nvlm_train.model.decoder import LanguageModel
-from nvlm_train.model.projector import LinearProjector, Projector, pixel_shuffle
+from nvlm_train.model.projector import LinearProjector, Projector
 from nvlm_train.model.vision import InternVit, encode_tiles
 from nvlm_train.recipe import schema
 
@@ -51,8 +50,8 @@ class Nvlm(nn.Module):
         self.config = config
         self.tiles_per_chunk = tiles_per_chunk
         if with_vision:
-            self.vision_model = InternVit(config.vision, activation_checkpointing)
-        self.projector = self.projector_type(config)
+            self.vision_model = InternVit(config.vision, activation_checkpointing, kernels)
+        self.projector = self.projector_type(config, kernels)
         if self.reads_tiles:
             self.cross_attention = CrossAttention(config, kernels)
         self.language_model = LanguageModel(
@@ -89,7 +88,7 @@ class Nvlm(nn.Module):
         return decoder(x, *where, readers, self.config.cross_attention.place)
 
     def _projector_input(self, batch: Batch, features: Tensor | None) -> Tensor:
-        """[T*Q, 4E], or one row of zeros, which no slot takes, where there is no image."""
+        """Patches [T, P, E], or one joined row of zeros, [1, 4E], which no slot takes, where there is no image."""
         dtype = next(self.projector.parameters()).dtype
         if features is None and hasattr(self, "vision_model"):
             # A trained tower makes at least one call, also where no rank has a tile: a trained weight that nothing uses
@@ -109,15 +108,16 @@ class Nvlm(nn.Module):
         if features is None or not len(features):
             width = 4 * self.config.vision.hidden_size
             return torch.zeros(1, width, dtype=dtype, device=batch.input_ids.device)  # [1, 4E]
-        return pixel_shuffle(features).flatten(0, 1)  # [T*Q, 4E]
+        return features  # [T, P, E]
 
 
 class NvlmD(Nvlm):
     """All image tokens enter the decoder's sequence, in the places that `Batch.image_slots` names."""
 
     def _decode(self, batch: Batch, image_tokens: Tensor) -> Tensor:
-        embedded = self.language_model.model.embed_tokens(batch.input_ids)  # [B, S, D]
-        return self._run_decoder(_put_images(embedded, batch.image_slots, image_tokens), batch)  # [B, S, D]
+        embed = self.language_model.model.embed_tokens.with_images
+        x = embed(batch.input_ids, batch.image_slots, image_tokens)  # [B, S, D]
+        return self._run_decoder(x, batch)  # [B, S, D]
 
 
 class NvlmX(Nvlm):
@@ -139,12 +139,13 @@ class NvlmH(Nvlm):
     def _decode(self, batch: Batch, image_tokens: Tensor) -> Tensor:
         memory = _memory_of(batch)
         ids = torch.cat((batch.input_ids.flatten(), memory.ids))  # [B*S + M]
-        embedded = self.language_model.model.embed_tokens(ids)  # [B*S + M, D]; one call: one gather under ZeRO-3
-        text, tags = embedded.split((batch.input_ids.numel(), len(memory.ids)))  # [B*S, D], [M, D]
-        x = _put_images(text.view(*batch.input_ids.shape, -1), batch.image_slots, image_tokens)  # [B, S, D]
-        # One row of zeros, which nothing reads, where there is no tile to read: the layers run all the same.
-        rows = _put_images(tags, memory.slots, image_tokens) if len(tags) else text.new_zeros(1, text.shape[1])
-        return self._run_decoder(x, batch, rows)  # [B, S, D]
+        slots = torch.cat((batch.image_slots.flatten(), memory.slots))  # [B*S + M]
+        embed = self.language_model.model.embed_tokens.with_images
+        embedded = embed(ids, slots, image_tokens)  # [B*S + M, D]; one call: one gather under ZeRO-3
+        x, rows = embedded.split((batch.input_ids.numel(), len(memory.ids)))  # [B*S, D], [M, D]
+        if not len(rows):  # one row of zeros, which nothing reads: the layers run all the same
+            rows = x.new_zeros(1, x.shape[1])  # [1, D]
+        return self._run_decoder(x.view(*batch.input_ids.shape, -1), batch, rows)  # [B, S, D]
 
 
 CLASSES: dict[str, type[Nvlm]] = {"nvlm_d": NvlmD, "nvlm_x": NvlmX, "nvlm_h": NvlmH}
@@ -153,14 +154,6 @@ CLASSES: dict[str, type[Nvlm]] = {"nvlm_d": NvlmD, "nvlm_x": NvlmX, "nvlm_h": Nv
 def class_of(config: schema.Model) -> type[Nvlm]:
     """The class of the recipe's architecture."""
     return CLASSES[config.architecture]
-
-
-def _put_images(embedded: Tensor, slots: Tensor, image_tokens: Tensor) -> Tensor:
-    """Image token `slots` where it is not -1, else what is there. embedded: [..., D]; slots: i64[...] -> [..., D]."""
-    # Text positions read row 0 and drop it again: no search for the image positions, so no wait for the device,
-    # and image tokens that nothing takes get a gradient of exactly zero.
-    taken = F.embedding(slots.clamp(min=0), image_tokens)  # [..., D]
-    return torch.where((slots >= 0).unsqueeze(-1), taken, embedded)  # [..., D]
 
 
 def _memory_of(batch: Batch) -> Memory:

@@ -5,51 +5,70 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvlm_train import kernels
+from nvlm_train.kernels.shuffle_layer_norm import pixel_shuffle
 from nvlm_train.recipe import schema
 
 
-def pixel_shuffle(features: Tensor) -> Tensor:
-    """Joins patches two by two into one token of four times the width (InternVL's ps_version "v2").
+class Shuffle(nn.Module):
+    """Pixel shuffle alone: the projector without a norm."""
 
-    features: [T, P, E], patches row by row over a square grid -> [T, Q, 4E], Q = P / 4, row by row.
-    Token (i, j) is the concatenation of patches (2i, 2j), (2i, 2j+1), (2i+1, 2j), (2i+1, 2j+1).
-    Example, a 2 x 2 grid of patches a b / c d: one token [a b c d].
-    """
-    tiles, patches, width = features.shape
-    side = round(patches**0.5)
-    blocks = features.reshape(tiles, side // 2, 2, side // 2, 2, width)  # [T, i, di, j, dj, E]
-    return blocks.permute(0, 1, 3, 2, 4, 5).reshape(tiles, patches // 4, 4 * width)  # [T, Q, 4E]
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, P, E] patches -> [T*Q, 4E]; or [rows, 4E] joined already, as it is."""
+        return x if x.shape[-1] == self.width else pixel_shuffle(x).flatten(0, 1)
 
 
-def _norm(width: int, config: schema.Model) -> nn.Module:
+class ShuffleLayerNorm(nn.LayerNorm):
+    """Pixel shuffle and LayerNorm."""
+
+    def __init__(self, width: int, eps: float, kernels: str) -> None:
+        super().__init__(width, eps=eps)
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, P, E] patches -> [T*Q, 4E]; or [rows, 4E] joined already -> the same shape."""
+        if x.shape[-1] == self.normalized_shape[0]:
+            return super().forward(x)
+        join = kernels.chosen("shuffle_layer_norm", self.kernels, x.device.type)
+        y: Tensor = join(x, self.weight, self.bias, self.eps)  # [T*Q, 4E]
+        return y
+
+
+def _norm(width: int, config: schema.Model, kernels: str) -> nn.Module:
     settings = config.projector
-    return nn.LayerNorm(width, eps=settings.layer_norm_eps) if settings.norm == "layer_norm" else nn.Identity()
+    if settings.norm == "layer_norm":
+        return ShuffleLayerNorm(width, settings.layer_norm_eps, kernels)
+    return Shuffle(width)
 
 
 class LinearProjector(nn.Module):
     """LayerNorm(4E), Linear(4E, D): the one-layer projector of NVLM-X."""
 
-    def __init__(self, config: schema.Model) -> None:
+    def __init__(self, config: schema.Model, kernels: str = "auto") -> None:
         super().__init__()
         width = 4 * config.vision.hidden_size
-        self.norm = _norm(width, config)
+        self.norm = _norm(width, config, kernels)
         self.fc = nn.Linear(width, config.language_model.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [rows, 4E] -> [rows, D]."""
+        """x: [T, P, E] patches, or [rows, 4E] joined already -> [T*Q or rows, D]."""
         return self.fc(self.norm(x))
 
 
 class Projector(nn.Module):
     """LayerNorm(4E), Linear(4E, F), GELU (erf), Linear(F, D); no biases but the norm's. Published as mlp1.0, .1, .3."""
 
-    def __init__(self, config: schema.Model) -> None:
+    def __init__(self, config: schema.Model, kernels: str = "auto") -> None:
         super().__init__()
         width, lm = 4 * config.vision.hidden_size, config.language_model
-        self.norm = _norm(width, config)
+        self.norm = _norm(width, config, kernels)
         self.fc1 = nn.Linear(width, lm.intermediate_size, bias=False)
         self.fc2 = nn.Linear(lm.intermediate_size, lm.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [rows, 4E] -> [rows, D]."""
+        """x: [T, P, E] patches, or [rows, 4E] joined already -> [T*Q or rows, D]."""
         return self.fc2(F.gelu(self.fc1(self.norm(x))))

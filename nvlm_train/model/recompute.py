@@ -28,7 +28,7 @@ _KEPT = (
     "_scaled_dot_product_fused_attention_overrideable", "_flash_attention_forward", "_efficient_attention_forward",
     "_cudnn_attention_forward",
 )  # fmt: skip
-_KEPT_LIBRARIES = ("torch_attn", "flash_attn", "nvlm_train")  # attention of torch.library
+_KEPT_LIBRARIES = ("torch_attn", "flash_attn")  # attention of torch.library
 
 
 @cache

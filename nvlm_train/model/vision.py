@@ -7,11 +7,13 @@ output is the last layer's, without a final norm and without the class token. Pa
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_train.model.attention import RMSNorm
+from nvlm_train.model.attention import QkNorm, RMSNorm
 from nvlm_train.model.recompute import Recompute
 from nvlm_train.recipe import schema
 
@@ -39,15 +41,16 @@ class Embeddings(nn.Module):
 class Attention(nn.Module):
     """Full attention among the tokens of a tile."""
 
-    def __init__(self, config: schema.Vision) -> None:
+    def __init__(self, config: schema.Vision, kernels: str) -> None:
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.qk_normalization = config.qk_normalization
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         if config.qk_normalization:
-            self.q_norm = RMSNorm(width, config.layer_norm_eps)
-            self.k_norm = RMSNorm(width, config.layer_norm_eps)
+            head_size = width // config.num_attention_heads
+            self.q_norm = QkNorm(width, head_size, config.layer_norm_eps, kernels)
+            self.k_norm = QkNorm(width, head_size, config.layer_norm_eps, kernels)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,12 +79,13 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """`x + ls1 * attn(norm1(x))`, then `x + ls2 * mlp(norm2(x))`."""
 
-    def __init__(self, config: schema.Vision) -> None:
+    def __init__(self, config: schema.Vision, kernels: str) -> None:
         super().__init__()
         width = config.hidden_size
-        norm = RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+        rms = config.norm_type == "rms_norm"
+        norm = partial(RMSNorm, kernels=kernels) if rms else nn.LayerNorm
         self.norm1 = norm(width, eps=config.layer_norm_eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, kernels)
         self.ls1 = nn.Parameter(torch.full((width,), 0.1))
         self.norm2 = norm(width, eps=config.layer_norm_eps)
         self.mlp = FeedForward(config)
@@ -89,17 +93,22 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, 1+P, E] -> [T, 1+P, E]."""
-        x = x + self.ls1 * self.attn(self.norm1(x))
-        return x + self.ls2 * self.mlp(self.norm2(x))
+        attended = self.attn(self.norm1(x))  # [T, 1+P, E]
+        if isinstance(self.norm2, RMSNorm):
+            x, normed = self.norm2(attended, x, self.ls1)  # [T, 1+P, E] each; x + ls1 * attended, and normed
+        else:
+            x = x + self.ls1 * attended  # [T, 1+P, E]
+            normed = self.norm2(x)  # [T, 1+P, E]
+        return x + self.ls2 * self.mlp(normed)
 
 
 class Encoder(nn.Module):
     """The layers, one after the other."""
 
-    def __init__(self, config: schema.Vision, activation_checkpointing: str) -> None:
+    def __init__(self, config: schema.Vision, activation_checkpointing: str, kernels: str) -> None:
         super().__init__()
         self.recompute = Recompute(activation_checkpointing)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, kernels) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, 1+P, E] -> [T, 1+P, E]."""
@@ -111,11 +120,11 @@ class Encoder(nn.Module):
 class InternVit(nn.Module):
     """The tower. Give it to `encode_tiles`."""
 
-    def __init__(self, config: schema.Vision, activation_checkpointing: str = "none") -> None:
+    def __init__(self, config: schema.Vision, activation_checkpointing: str = "none", kernels: str = "auto") -> None:
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config, activation_checkpointing)
+        self.encoder = Encoder(config, activation_checkpointing, kernels)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: [T, 3, px, px] normalised, in the weights' type -> [T, 1+P, E], class token first."""

@@ -277,7 +277,7 @@ FOREIGN: tuple[Foreign, ...] = (
         ),
         _tools(_LF, _AXO, _SWIFT, _IVL, _MEG),
         "kernels",
-        "auto or torch",
+        "auto, torch, triton or liger",
     ),
     Foreign(("init_method_std",), _MEG, "model.projector.initializer_std"),
     Foreign(("data_seed", "random_seed"), _tools(_HF, _SWIFT), "seed"),

@@ -1296,8 +1296,11 @@ class Recipe(Section):
     vision_feature_cache: VisionFeatureCache | None = key(
         None, doc="Keeps the frozen tower's features on disk; absent: no cache.", resume="free"
     )
-    kernels: Literal["auto", "torch"] = key(
-        "auto", doc="auto: the fastest that runs here. torch: plain PyTorch.", resume="free"
+    kernels: Literal["auto", "torch", "triton", "liger"] = key(
+        "auto",
+        doc="auto: the fastest that runs here. torch: plain PyTorch. triton: our own kernels, or an error where they "
+        "cannot run; liger: Liger's loss, the others as auto.",
+        resume="free",
     )
     zero: Zero = key(Zero(), doc="DeepSpeed ZeRO.", resume="free")
     checkpoint: Checkpoint = key(Checkpoint(), doc="Saving.", resume="free")

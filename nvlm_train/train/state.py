@@ -25,6 +25,7 @@ from nvlm_train.engine.node import ReadOncePerNode
 from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
 from nvlm_train.hub import local_folder
+from nvlm_train.kernels import select
 from nvlm_train.model import lora
 from nvlm_train.model.dropout import Draws
 from nvlm_train.model.nvlm import class_of
@@ -325,6 +326,7 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     """
     dtype = DTYPES[recipe.precision]
     four_bits = recipe.train.quantize == "nf4"
+    select(recipe.kernels, world.device.type)  # a choice that cannot run here is refused before anything is loaded
     began = time.monotonic()
     with ReadOncePerNode(weights, world, recipe.distributed.timeout_s) as shared:
         tower = None
@@ -374,7 +376,7 @@ def _first(
 
 def _frozen_tower(recipe: Recipe, weights: Weights, dtype: torch.dtype, device: torch.device) -> InternVit:
     with torch.device("meta"):
-        tower = InternVit(recipe.model.vision)
+        tower = InternVit(recipe.model.vision, kernels=recipe.kernels)
     tower.to(dtype)  # still on meta: in memory only once, in its own type
     tower.to_empty(device=device)
     slice_of, write = lambda parameter: None, lambda parameter, value: parameter.data.copy_(value)

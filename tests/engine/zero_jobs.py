@@ -55,6 +55,7 @@ def start(
     compare_calls_s: float | None = None,
     architecture: str = "nvlm_d",
     gate: float = 0.5,
+    kernels: str = "auto",
     **zero_keys: Any,
 ) -> tuple[zero.Engine, InternVit | None, dist.World]:
     world = dist.start(resolve_launch(), timeout_s=240)
@@ -70,7 +71,11 @@ def start(
     settings = deepspeed_dict(stage, precision, clip, **zero_keys)
     with zero.partitioned_at_birth(settings, world.device, dtype):
         model = class_of(config)(
-            config, with_vision=tower is None, activation_checkpointing=checkpointing, tiles_per_chunk=tiles_per_chunk
+            config,
+            with_vision=tower is None,
+            activation_checkpointing=checkpointing,
+            tiles_per_chunk=tiles_per_chunk,
+            kernels=kernels,
         )
     slice_of, write = zero.write_slice(world)
     for name, parameter in model.named_parameters():

@@ -106,12 +106,36 @@ def test_length_classes() -> None:
 
 
 def test_auto_on_the_cpu_is_torch_with_the_reason() -> None:
-    reason = "plain PyTorch; not varlen: runs on cuda only, this is cpu"
-    assert kernels.select("auto", "cpu") == {"attention": ("torch", reason), "cross_attention": ("torch", reason)}
-    asked = ("torch", "plain PyTorch; asked for")
-    assert kernels.select("torch", "cpu") == {"attention": asked, "cross_attention": asked}
-    assert kernels.select("torch", "cuda")["attention"][0] == "torch"
+    auto, asked = kernels.select("auto", "cpu"), kernels.select("torch", "cpu")
+    for op in kernels.KERNELS:
+        first = "varlen" if "attention" in op else "triton"
+        name, reason = auto[op]
+        assert name == "torch" and reason.startswith(f"plain PyTorch; not {first}: runs on cuda only, this is cpu")
+        assert asked[op] == ("torch", "plain PyTorch; asked for")
+        assert kernels.select("torch", "cuda")[op][0] == "torch"
     assert kernels.load("attention", "torch") is attention.torch_attention
+    assert kernels.chosen("attention", "auto", "cpu") is attention.torch_attention
+
+
+def test_triton_is_taken_on_cuda_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, the ops that have no Triton kernel are chosen as by auto; not installed, it is refused by name."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    taken = kernels.select("auto", "cuda")
+    assert all(taken[op][0] == "triton" for op in kernels.KERNELS if "attention" not in op)
+    asked = kernels.select("triton", "cuda")
+    assert asked["linear_cross_entropy"][1].endswith("asked for")
+    assert asked["attention"][0] == "varlen" and "attention has no triton" in asked["attention"][1]
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    kernels._select.cache_clear()
+    try:
+        reason = kernels.select("auto", "cuda")["linear_cross_entropy"][1]
+        assert reason.startswith("plain PyTorch; not triton: triton is not installed; not liger: liger_kernel is not")
+        with pytest.raises(SetupError, match="'liger' was asked for linear_cross_entropy, but liger_kernel is not i"):
+            kernels.select("liger", "cuda")
+        with pytest.raises(SetupError, match=r"'triton' was asked for .*, but triton is not installed; use auto or to"):
+            kernels.select("triton", "cuda")
+    finally:
+        kernels._select.cache_clear()
 
 
 def test_auto_on_cuda_is_varlen_where_this_torch_has_it() -> None:
@@ -132,10 +156,12 @@ def test_auto_without_varlen_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_choice_that_is_unknown_or_cannot_run_is_refused() -> None:
-    with pytest.raises(SetupError, match="'tritn' is not known; known are auto, torch, varlen"):
+    with pytest.raises(SetupError, match="'tritn' is not known; known are auto, liger, torch, triton, varlen"):
         kernels.select("tritn", "cpu")
     with pytest.raises(SetupError, match="'varlen' was asked for attention, but runs on cuda only, this is cpu"):
         kernels.select("varlen", "cpu")
+    with pytest.raises(SetupError, match=r"'triton' was asked for .*, but runs on cuda only, this is cpu"):
+        kernels.select("triton", "cpu")
 
 
 SIGNATURES = {

@@ -19,7 +19,7 @@ from model_cases import (
     worst,
 )
 from nvlm_train.batch import IGNORE_INDEX, Batch
-from nvlm_train.model import decoder
+from nvlm_train.kernels import linear_cross_entropy
 from nvlm_train.model.decoder import LanguageModel, LmHead
 from nvlm_train.recipe import schema
 
@@ -205,7 +205,7 @@ def head_and_rows(labelled: int) -> tuple[LmHead, torch.Tensor, torch.Tensor]:
 def test_the_loss_is_the_plain_cross_entropy_in_pieces_too(
     labelled: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "MAX_LOGITS", 67 * rows_at_once)
+    monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS", 67 * rows_at_once)
     head, hidden, labels = head_and_rows(labelled)
     loss = head(hidden, labels)
     loss.backward()
