@@ -69,8 +69,8 @@ def test_the_overview_names_every_verb_and_ends_with_an_example(capsys):
         ),
         (
             ["export", "RUN", "OUT", "--adapter", "BASE", "--layout", "unpadded", "--max-shard-size", "1GB"],
-            "error: --max-shard-size, --layout: no effect with --adapter, whose weights are one file for BASE; leave it "
-            "out",
+            "error: --max-shard-size, --layout: no effect with --adapter, whose weights are one file for BASE; "
+            "leave it out",
         ),
         (
             ["recipe", "check", "nowhere.yaml"],

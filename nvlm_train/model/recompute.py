@@ -48,8 +48,8 @@ class _PastGathers(TorchDispatchMode):
     """Shows torch's selective mode the operators that are kept and no others.
 
     torch counts every operator of a layer and refuses a second run that has more of one kind. ZeRO-3's gathers run
-    inside layers, but not in the same ones each time: a weight may be there already in forward (a tower that is called twice, a prefetch) and be
-    gathered in backward.
+    inside layers, but not in the same ones each time: a weight may be there already in forward (a tower that is called
+    twice, a prefetch) and be gathered in backward.
     """
 
     def __init__(self, mode: Any) -> None:
