@@ -12,7 +12,7 @@ import os
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nvlm_train.errors import DataError
 
@@ -57,6 +57,8 @@ def _open(source: str | os.PathLike[str] | bytes, name: str) -> Image.Image:
         raise BadSample("image too large", f"image {name} is too large: {error}") from error
     except MemoryError as error:
         raise BadSample("image too large", f"image {name} does not fit the memory") from error
+    except UnidentifiedImageError as error:  # its own message names an object in memory
+        raise BadSample("unreadable image", f"image {name} cannot be read: no known image format") from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise BadSample("unreadable image", f"image {name} cannot be read: {error}") from error
     if image.format in _PROGRAMS:

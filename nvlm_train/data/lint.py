@@ -287,6 +287,7 @@ def lint(
             if images and index.rows["tiles"].any():
                 _decode(report, index, look_in, given, threads, examples)
             report.refused = report.refused or too_bad(index, settings, recipe.data.max_bad_share)
+        reports += _judge_cache(recipe.data.remote_cache)
         _judge_validation(reports, {n: o.index for n, o in opened.items() if not isinstance(o, DataError)}, recipe)
         _doubles(reports, {n: o.index for n, o in opened.items() if not isinstance(o, DataError)}, recipe)
     return reports
@@ -367,6 +368,21 @@ def _decode(
     report.problems += sorted(groups.values(), key=lambda group: -group.count)
 
 
+def _judge_cache(cache: schema.RemoteCache | None) -> list[SourceReport]:
+    """A problem where the cache of remote files cannot be written: training would go on, and fetch everything."""
+    if cache is None:
+        return []
+    try:
+        Path(cache.path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache.path):
+            return []
+    except OSError as error:
+        message = f"{cache.path} cannot be written ({error.strerror}), so nothing would be kept; give another path"
+        return [
+            SourceReport("data.remote_cache", cache.path, problems=[Group("not writable", 1, [Example("", message)])])
+        ]
+
+
 def _judge_validation(reports: Sequence[SourceReport], indexes: dict[str, SourceIndex], recipe: schema.Recipe) -> None:
     """A problem where the held-out share leaves nothing to validate on; told only when every source can be read."""
     if recipe.validation is None or set(indexes) != set(sources_of(recipe)):
@@ -434,7 +450,8 @@ def _lines(reports: Sequence[SourceReport], images: bool) -> list[str]:
         lines.append(f"{report.name}  {report.path}: {report.samples:,} of {report.lines:,} records usable{decoded}")
         for group in report.problems:
             lines.append(f"  {group.count:>7,}  {group.reason}")
-            lines += [f"           {printable(f'{item.where}: {item.message}')}" for item in group.examples]
+            shown = [f"{item.where}: {item.message}" if item.where else item.message for item in group.examples]
+            lines += [f"           {printable(one)}" for one in shown]
             if group.examples and group.count > len(group.examples):
                 lines.append(f"           ... and {group.count - len(group.examples):,} more")
         lines += [f"     note  {printable(note)}" for note in report.notes]

@@ -229,6 +229,17 @@ class Mixture:
                 return [n + g for n, g in zip(drawn, given, strict=True)]
             wanted = quotas(missing, [share / total for share in alive])
 
+    def ends(self) -> dict[str, tuple[int, int]]:
+        """The sources whose limit of epochs is reached, and the stretch of positions (begin, end) in which it is: one
+        block, over which what is left of the source is spread, so that its share there is below its weight."""
+        found: dict[str, tuple[int, int]] = {}
+        for phase in self._phases:
+            for d, cap in enumerate(self.limits):
+                if phase.after is not None and cap is not None and phase.after[d] == cap > phase.before[d]:
+                    size = sum(phase.after) - sum(phase.before)
+                    found[self.names[d]] = (phase.first * self.block, phase.first * self.block + size)
+        return found
+
     def counts(self, num_blocks: int) -> list[int]:
         """Draws of each source in the first `num_blocks` blocks; never off its share of a phase by one or more."""
         phase = self._phases[max(bisect_right(self._first_blocks, num_blocks) - 1, 0)]

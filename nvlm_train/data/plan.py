@@ -160,6 +160,20 @@ class DataPlan:
         assert packs is not None
         return self._positions(packs * self.num_steps)
 
+    def ended_sources(self) -> list[str]:
+        """What happens to sources whose max_epochs are over within the run, a line each."""
+        total, lines = self.num_samples, []
+        for name, (begin, end) in sorted(self.mixture.ends().items(), key=lambda item: item[1]):
+            if begin >= total:
+                continue
+            first, last = (1 + (at * self.num_steps) // total for at in (begin, min(end, total) - 1))
+            lines.append(
+                f"{name}: max_epochs {self.recipe.data.mixture[name].max_epochs:g} end between steps {first} and "
+                f"{last} (samples {begin + 1:,} to {min(end, total):,}); what is left of it is spread over them, below "
+                "its weight, and the others share the rest"
+            )
+        return lines
+
     def _positions(self, pack: int) -> int:
         """About the position of the order where a pack stands: that of its window, and the same share of it."""
         window, offset = locate(self._first_packs, pack)
@@ -400,7 +414,8 @@ def open_data(
         except DataError as error:
             problems.append(str(error))
             continue
-        _report(indexes[name], index_dir, time.monotonic() - begin)
+        if rank == 0:
+            _report(indexes[name], index_dir, time.monotonic() - begin)
     if problems:
         raise DataError("\n".join(problems))
     share = validation.held_out_share if validation else 0.0

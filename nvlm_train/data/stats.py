@@ -95,6 +95,7 @@ def stats(plan: DataPlan, num_steps: int = 32) -> dict[str, Any]:
         "steps": run_steps,
         "sources": sources,
         "all": everything,
+        "ended_sources": plan.ended_sources(),
         "validation": {name: len(plan.held_out[name]) for name in plan.validation_sources()},
         "packing": packing,
         "seek_ms": seek,
@@ -226,6 +227,7 @@ def tables(found: Mapping[str, Any]) -> list[str]:
             [name, *(f"{share:.1%}" for share in shares), f"{one['samples_drawn']:,.0f}", f"{one['epochs']:.2f}"]
         )
     lines += [f"what a run of {found['steps']:,} steps sees", "", *_indented(table(cells, left=1)), ""]
+    lines += [*_indented("\n".join(found["ended_sources"])), ""] if found["ended_sources"] else []
 
     cells = [["a sample's", "source", "min", "median", "mean", "p99", "max"]]
     for column, label in (("tokens", "tokens"), ("trained", "trained tokens"), ("tiles", "tiles")):

@@ -384,6 +384,13 @@ _SIGNS = {
 }
 
 
+# What other programs call a value of ours (kinds of sources).
+_OTHER_NAMES = {
+    "parquet": "hf", "arrow": "hf", "datasets": "hf", "huggingface": "hf", "tar": "webdataset", "tars": "webdataset",
+    "wds": "webdataset", "txt": "text", "sharegpt": "json", "llava": "json", "ndjson": "jsonl",
+}  # fmt: skip
+
+
 def _wrong_value(item: Any, key: Key | None, place: Place) -> str:
     """What is wrong with a value of a known key, and what would be right."""
     kind, value, ctx = item["type"], item["input"], item.get("ctx", {})
@@ -400,6 +407,7 @@ def _wrong_value(item: Any, key: Key | None, place: Place) -> str:
     if kind == "literal_error":
         options = [option.strip() for option in wanted.removeprefix("one of: ").removesuffix(" or null").split(",")]
         near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
+        near = [_OTHER_NAMES[str(value)]] if _OTHER_NAMES.get(str(value)) in options else near
         return f"is not one of {', '.join(options)}" + (f"; did you mean {near[0]}?" if near else "")
     if kind in _SIGNS:
         limit, words = _SIGNS[kind]

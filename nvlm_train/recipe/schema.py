@@ -596,7 +596,8 @@ class Source(Section):
     max_epochs: Number | None = key(
         None,
         doc="Times that its samples may come in a run (0.5: half of them); from then on the other sources share its "
-        "part by their weights. Default: no limit.",
+        "part by their weights. Over the block of 1024 samples in which the limit is reached, what is left is spread "
+        "evenly, so its share is below its weight there: all through, for a source that small. Default: no limit.",
         gt=0,
         resume="ask",
     )

@@ -62,6 +62,7 @@ def data_lines(plan: DataPlan) -> list[str]:
         samples = len(plan.train_rows[name])
         epochs = draws / samples
         lines.append(f"{name}: {samples:,} samples, {float(share):.1%} of the mixture, {epochs:.2f} epochs")
+    lines += plan.ended_sources()
     lines += [
         f"{name}: {count} samples cut into fewer tiles to fit" for name, count in sorted(plan.fewer_tiles.items())
     ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import random
+import re
 import sqlite3
 import tarfile
 from pathlib import Path
@@ -587,6 +589,57 @@ def test_cut_and_damaged_tars(tmp_path: Path) -> None:
     for content in (b"hello", b"", b"\0" * 1024, b"x" * 2000):
         path.write_bytes(content)
         assert all(reason in ("cut tar", "damaged tar") for _, reason, _ in bad(source_of(path, "webdataset")))
+
+
+def test_a_link_in_a_tar_is_named(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("a.json", json.dumps({"text": "q"}).encode()), ("a.jpg", None)):
+            info = tarfile.TarInfo(name)
+            if data is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "../secret.jpg"
+            else:
+                info.size = len(data)
+            tar.addfile(info, None if data is None else io.BytesIO(data))
+    ((where, reason, message),) = bad(source_of(tmp_path / "a.tar", "webdataset"))
+    assert reason == "link in tar" and "a.jpg is a link; store the file itself" in message and "sample 1" in where
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        ("parquet", "jsonl", "is a parquet file, which kind: jsonl cannot read; use kind: hf"),
+        ("parquet", "json", "is a parquet file, which kind: json cannot read; use kind: hf"),
+        ("tar", "jsonl", "is a tar, which kind: jsonl cannot read; use kind: webdataset"),
+        ("tar", "hf", "is a tar, which kind: hf cannot read; use kind: webdataset"),
+        ("gzip", "webdataset", "is a gzip file, which kind: webdataset cannot read; decompress it"),
+        ("gzip", "jsonl", "is a gzip file, which kind: jsonl cannot read; decompress it"),
+    ],
+)
+def test_another_kind_of_file_is_called_by_its_name(tmp_path: Path, make: str, kind: str, message: str) -> None:
+    path = tmp_path / "data.bin"
+    if make == "parquet":
+        write_parquet(path, cauldron(2))
+    else:
+        write_tar(path, members_of("a"))
+        if make == "gzip":
+            path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(DataError, match=re.escape(message)):
+        source_of(path, kind)
+
+
+def test_rows_of_plain_text_and_null_columns_say_so(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("Once upon a time\n[1]\n" + json.dumps({"texts": None, "id": 3}) + "\n")
+    messages = [message for _, _, message in bad(source_of(tmp_path / "a.jsonl", "jsonl"))]
+    assert "(plain text? use kind: text)" in messages[0] and "the line holds a list" in messages[1]
+    assert messages[2].endswith("the row has ['id', 'texts'], texts is null")
+
+
+def test_a_column_that_is_misspelt_is_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"prompt": "q", "reply": "a"}])
+    with pytest.raises(
+        DataError, match=r"columns.question: .*a.parquet has no column 'promt'; it has prompt, reply; di"
+    ):
+        source_of(tmp_path / "a.parquet", "hf", columns={"question": "promt", "answer": "reply"})
 
 
 def test_changed_tar(tmp_path: Path) -> None:

@@ -296,3 +296,15 @@ def test_shards_must_hold_the_rows(sizes: list[int]) -> None:
 def test_impossible_mixtures(given: dict[str, tuple[int, float]]) -> None:
     with pytest.raises(ValueError, match="at least one source"):
         mixture(given)
+
+
+def test_where_a_limit_of_epochs_ends() -> None:
+    """One block; what is left of the source is spread over it."""
+    mixture = Mixture(7, {"a": 700, "b": 5000, "c": 10}, {"a": 0.5, "b": 0.4, "c": 0.1}, {"a": 2, "b": 1, "c": 0.5})
+    ends = mixture.ends()
+    assert ends == {"c": (0, 1024), "a": (2048, 3072), "b": (6144, 6405)}
+    for name, (begin, end) in ends.items():
+        d = mixture.names.index(name)
+        limit = {"a": 1400, "b": 5000, "c": 5}[name]
+        assert mixture.drawn(begin)[d] < limit == mixture.drawn(end)[d]
+    assert Mixture(7, {"a": 700}, {"a": 1}).ends() == {}

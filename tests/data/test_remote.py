@@ -127,8 +127,17 @@ def test_a_sample_is_one_range(tmp_path: Path, server: str) -> None:
     assert Ranges.asked == [("t-1.tar", records[4].offset, records[4].offset + records[4].num_bytes)]
 
 
+@pytest.mark.parametrize("path", ["nowhere.tar", "nowhere.jsonl"])
+def test_why_a_url_cannot_be_opened(server: str, path: str) -> None:
+    kind = "webdataset" if path.endswith("tar") else "jsonl"
+    with pytest.raises(DataError, match=rf"cannot open {server}/{path} \(404, message='File not found'"):
+        source_of(f"{server}/{path}", kind)
+    with pytest.raises(DataError, match=r"cannot open http://127.0.0.1:9/a.tar \(Cannot connect to host 127.0.0.1:9"):
+        source_of("http://127.0.0.1:9/a.tar", "webdataset")
+
+
 def test_a_server_without_ranges_and_one_that_fails(
-    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     fill(tmp_path)
@@ -140,7 +149,12 @@ def test_a_server_without_ranges_and_one_that_fails(
     with pytest.raises(OSError, match=r"a\.jsonl: bytes 5 to 15"):
         source.file(0).read(5, 10)
     Ranges.fail, Ranges.knows_ranges = 0, False
-    assert source.file(0).read(5, 10) == data[5:15]
+    for _ in range(3):
+        assert source.file(0).read(5, 10) == data[5:15]
+    (warning,) = (record.getMessage() for record in caplog.records if "ignores byte ranges" in record.getMessage())
+    assert (
+        f"source 's': the server of {server}/a.jsonl ignores" in warning and f"this one: {len(data)} bytes" in warning
+    )
 
 
 def test_trained_from_memory_as_from_disk(tmp_path: Path, memory: str) -> None:

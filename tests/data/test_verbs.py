@@ -250,6 +250,31 @@ def test_lint_and_stats_refuse_what_has_nothing_to_validate_on(
     assert run(capsys, "lint", recipe, "validation.best=b")[0] == 0
 
 
+def test_lint_tells_of_tars_that_may_be_cut_and_of_a_cache_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tars").mkdir()
+    for k in range(2):
+        with tarfile.open(tmp_path / "tars" / f"{k}.tar", "w") as tar:
+            for name, data in ((f"{k}.json", json.dumps(turns("q", "a")).encode()), (f"{k}.txt", b"x" * 700)):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    (tmp_path / "file").touch()
+    source = {"t": {"kind": "webdataset", "path": str(tmp_path / "tars")}}
+    recipe = write_recipe(tmp_path, source)
+    assert "cut?" not in run(capsys, "lint", recipe)[1]
+    whole = (tmp_path / "tars" / "1.tar").read_bytes()
+    members_end = 2 * 512 + 512 + 1024
+    for end in (members_end, members_end - 100):  # after the last member, and in its padding
+        (tmp_path / "tars" / "1.tar").write_bytes(whole[:end])
+        code, out, _ = run(capsys, "lint", recipe)
+        assert code == 0 and "note  cut? 1 of 2 tars have no end-of-archive block" in out and "1.tar" in out, end
+    cache = f"data.remote_cache={{path: {tmp_path / 'file' / 'cache'}, max_gib: 1}}"
+    code, out, _ = run(capsys, "lint", recipe, cache)
+    assert code == 2 and "1  not writable" in out and "cache cannot be written (Not a directory)" in out
+
+
 def test_what_data_says_is_not_obeyed_by_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"messages": turns("\x1b]0;owned\x07 what", "yes")},
@@ -641,5 +666,8 @@ def test_stats_in_steps_of_packs_and_with_limited_epochs(
     code, out, _ = run(capsys, "stats", good, *limited, "--json")
     found = json.loads(out)["sources"]
     assert code == 0 and max(one["epochs"] for one in found.values()) <= 1
+    code, out, _ = run(capsys, "stats", good, *limited)
+    # both end in the only block of 84 samples, which the run of 5 steps of 16 does not reach the end of
+    assert "pictures: max_epochs 1 end between steps 1 and 5 (samples 1 to 80); what is left of it is spread" in out
     plan = opened(tmp_path, good)
     assert found["pictures"]["samples_drawn"] + found["text"]["samples_drawn"] == 80 <= sum(plan.mixture.sizes)

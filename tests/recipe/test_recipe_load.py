@@ -392,6 +392,11 @@ OVERRIDES = [
     ("optimiser.lr=1", "override optimiser.lr=1 optimiser: is not a key of a recipe; did you mean optimizer?"),
     ("extends=x.yaml", "override extends=x.yaml: extends belongs in a file; make a recipe that extends the other"),
     ("max_steps=1e3", "override max_steps=1e3 max_steps: 1000.0 is not a whole number; write 1000"),
+    (
+        "data.mixture.digits.kind=parquet",
+        "override data.mixture.digits.kind=parquet data.mixture.digits.kind: 'parquet' is not one of jsonl, json, "
+        "internvl, hf, webdataset, energon, text; did you mean hf?",
+    ),
     ("run_name.x=1", "override run_name.x=1 run_name: is not a string; give a string"),
 ]
 

@@ -18,6 +18,9 @@ from typing import Any, BinaryIO
 
 from nvlm_train.data.images import BadSample
 from nvlm_train.errors import DataError
+from nvlm_train.log import get_logger
+
+log = get_logger(__name__)
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -136,14 +139,37 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def _said(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    """What went wrong in words. fsspec hides the cause: FileNotFoundError(URL) may be any failure of HTTP."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    cause = error.__cause__ or error.__context__
+    if cause is None or not is_url(text):
+        return "not found" if is_url(text) else text
+    return str(cause) or type(cause).__name__
+
+
+_MAGIC = (  # of files that hold samples, or are packed: (offset, bytes, what it is, what to do)
+    (0, b"PAR1", "a parquet file", "use kind: hf"),
+    (0, b"ARROW1", "an Arrow file", "use kind: hf on the folder that save_to_disk wrote"),
+    (257, b"ustar", "a tar", "use kind: webdataset"),
+    (0, b"\x1f\x8b", "a gzip file", "decompress it: samples are read by their place in the file"),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd file", "decompress it: samples are read by their place in the file"),
+    (0, b"PK\x03\x04", "a zip file", "unpack it, or make a tar of it for kind: webdataset"),
+)
+
+
+def other_kind(head: bytes) -> tuple[str, str] | None:
+    """What a file is by its first bytes, and what to do with it: for kinds of sources that expect something else."""
+    for offset, magic, what, way in _MAGIC:
+        if head[offset : offset + len(magic)] == magic:
+            return what, way
+    return None
 
 
 class ByteFile:
     """One file's bytes, local or remote. Raises DataError when it cannot be looked at."""
 
     def __init__(self, source: str, path: str, pool: FilePool | None = None) -> None:
-        self.path = path
+        self.source, self.path = source, path
         self._pool = pool or FilePool()
         try:
             if is_url(path):
@@ -189,6 +215,7 @@ class ByteFile:
             try:
                 data = bytes(self._fs.cat_file(self._inner, start=offset, end=offset + num_bytes))
                 if len(data) == self.size and num_bytes < self.size:  # a server that knows no ranges
+                    self._pool.warn_of_no_ranges(self.source, self.path, self.size)
                     data = data[offset : offset + num_bytes]
                 return data
             except FileNotFoundError:
@@ -215,6 +242,7 @@ class FilePool:
     def __init__(self) -> None:
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
         self._lock = threading.Lock()
+        self._warned = False
 
     def get(self, path: str) -> BinaryIO:
         """The open file; whoever holds the result keeps it open."""
@@ -227,6 +255,16 @@ class FilePool:
             else:
                 self._files.move_to_end(path)
             return file
+
+    def warn_of_no_ranges(self, source: str, url: str, size: int) -> None:
+        """Once for all files of a source."""
+        with self._lock:
+            warned, self._warned = self._warned, True
+        if not warned:
+            log.warning(
+                "source %r: the server of %s ignores byte ranges, so each read fetches a whole file (this one: %d "
+                "bytes); copy the files to a disk, or use a server with ranges", source, url, size,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Lets go of all."""
@@ -300,7 +338,7 @@ def read_url(url: str, name: str) -> bytes:
                     raise
                 time.sleep(0.2 * 4**attempt)
     except FileNotFoundError as error:
-        raise BadSample("missing image", f"image {name} does not exist ({url})") from error
+        raise BadSample("missing image", f"image {name} cannot be fetched from {url}: {_said(error)}") from error
     except Exception as error:
         raise BadSample("unreadable image", f"image {name} cannot be read from {url}: {_said(error)}") from error
     raise AssertionError("unreachable")

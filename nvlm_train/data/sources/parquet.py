@@ -7,6 +7,7 @@ locality (`part_of`) or small row groups make that cheap; a folder of `save_to_d
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import json
@@ -55,6 +56,19 @@ class RowsSource(Source):
         mapped = {value for value in self.form.columns.model_dump().values() if value}
         ratings = {f"{kind}_ratings" for kind in self.form.ratings}
         return [name for name in present if name in _KNOWN or name in mapped or name in ratings]
+
+    def misspelt(self, where: Path | str, present: list[str]) -> list[str]:
+        """What to say of columns that the recipe maps and the table does not have."""
+        mapped = self.form.columns.model_dump(exclude={"role", "content"})
+        problems = []
+        for field, column in mapped.items():
+            if column and column not in present:
+                near = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
+                problems.append(
+                    f"source {self.name!r}: columns.{field}: {where} has no column {column!r}; it has "
+                    f"{', '.join(present[:12])}" + (f"; did you mean {near[0]!r}?" if near else ".")
+                )
+        return problems
 
     def unknown(self, where: Path | str, names: list[str]) -> str:
         """What to say of a table none of whose columns is known."""
@@ -120,6 +134,7 @@ class ParquetSource(RowsSource):
     """Parquet files."""
 
     suffixes = (".parquet",)
+    format = "a parquet file"
     wanted = "`path` names a parquet file or a folder of them, relative to the current directory."
 
     def __init__(self, name: str, settings: schema.Source) -> None:
@@ -146,6 +161,8 @@ class ParquetSource(RowsSource):
         wanted = self.columns_wanted(list(reader.schema_arrow.names))
         if k == 0:
             self._columns = wanted
+            if problems := self.misspelt(self.files[k], list(reader.schema_arrow.names)):
+                return problems
             if not wanted:
                 return [self.unknown(self.files[k], reader.schema_arrow.names)]
         missing = [column for column in self._columns if column not in wanted]
@@ -271,6 +288,7 @@ class SavedSource(RowsSource):
     """A folder of `datasets.Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped."""
 
     suffixes = (".arrow",)
+    format = "an Arrow file"
     wanted = "`path` names a folder that Dataset.save_to_disk wrote, relative to the current directory."
 
     def __init__(self, name: str, settings: schema.Source) -> None:
@@ -292,6 +310,8 @@ class SavedSource(RowsSource):
             table = datasets.load_from_disk(str(folder), keep_in_memory=False)
         except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
             raise DataError(f"source {name!r}: {folder} is no readable dataset ({error}).") from error
+        if problems := self.misspelt(folder, list(table.column_names)):
+            raise DataError("\n".join(problems))
         wanted = self.columns_wanted(list(table.column_names))
         if not wanted:
             raise DataError(self.unknown(folder, table.column_names))

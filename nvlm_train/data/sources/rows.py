@@ -126,7 +126,10 @@ def parse_json(data: bytes) -> Any:
             "not UTF-8", f"not UTF-8: byte {data[error.start]:#04x} at position {error.start} of the line"
         ) from error
     except (ValueError, RecursionError) as error:
-        hint = " (a JSON array? jsonl holds one object a line; use kind: json)" if data.lstrip()[:1] == b"[" else ""
+        first = data.lstrip()[:1]
+        hint = " (a JSON array? jsonl holds one object a line; use kind: json)" if first == b"[" else ""
+        if first not in b'[]{}"':
+            hint = " (plain text? use kind: text)"
         raise BadSample("not JSON", f"not JSON: {error}{hint}") from error
 
 
@@ -233,7 +236,8 @@ def _turns(row: Mapping[str, Any], form: Form, seed: int, has_image: bool) -> li
     if form.text and row.get(columns.text or "text") is not None:
         return None
     wanted = f"no column {columns.messages!r}" if columns.messages else "neither 'messages' nor 'conversations'"
-    raise BadSample("no conversation", f"{wanted}; the row has {sorted(map(str, row))[:8]}")
+    null = "".join(f", {name} is null" for name in sorted(map(str, row)) if row.get(name, 0) is None)
+    raise BadSample("no conversation", f"{wanted}; the row has {sorted(map(str, row))[:8]}{null}")
 
 
 def _required(row: Mapping[str, Any], name: str) -> Any:

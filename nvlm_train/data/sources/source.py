@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nvlm_train.data.images import BadSample
 from nvlm_train.data.sources.block_cache import BlockCache
-from nvlm_train.data.sources.files import ByteFile, FilePool, ImageRoot, is_url, list_files, read_url
+from nvlm_train.data.sources.files import ByteFile, FilePool, ImageRoot, is_url, list_files, other_kind, read_url
 from nvlm_train.data.sources.rows import Form, ImageRef, Sample
 from nvlm_train.errors import DataError
 from nvlm_train.recipe import schema
@@ -73,6 +73,7 @@ class Source:
 
     suffixes: tuple[str, ...] = ()
     unit = "B"  # of progress
+    format = ""  # of its files, where they are none of text: as `files.other_kind` calls it
     remote_cache: BlockCache | None = None  # through which samples are read where the files are remote
     wanted = "`path` names a file or a folder, relative to the current directory, or a URL."
 
@@ -88,7 +89,7 @@ class Source:
         self._opened: dict[int, ByteFile] = {}
         self.image_root = self._image_root()
         self._images = ImageRoot(str(self.image_root))
-        self.file(0)  # a file that is missing is told at once
+        self._check_format(self.file(0))  # a file that is missing is told at once
 
     def __reduce__(self) -> Any:  # another process opens the files for itself
         return type(self), (self.name, self.settings), {"remote_cache": self.remote_cache}
@@ -102,6 +103,15 @@ class Source:
         if is_url(self.settings.path):
             return self.files[0].rsplit("/", 1)[0]
         return Path(self.path) if os.path.isdir(self.path) else Path(self.files[0]).parent
+
+    def _check_format(self, file: ByteFile) -> None:
+        """Raises DataError where a local file is plainly of another kind."""
+        found = other_kind(file.read(0, 512)) if file.is_local else None
+        if found is not None and found[0] != self.format:
+            kind = self.settings.kind
+            raise DataError(
+                f"source {self.name!r}: {file.path} is {found[0]}, which kind: {kind} cannot read; {found[1]}."
+            )
 
     def close(self) -> None:
         """Lets go of the files; reading opens them again."""

@@ -47,6 +47,7 @@ class Member:
     offset: int
     size: int
     end: int
+    is_link: bool = False
 
     @property
     def key(self) -> str:
@@ -68,7 +69,7 @@ class TarDamage(Exception):
 
 
 def members(read: Callable[[int, int], bytes], begin: int, end: int) -> Iterator[Member]:
-    """The regular files of a tar between two offsets. Raises TarDamage at the first place that makes no sense."""
+    """The files, and links, of a tar between two offsets. Raises TarDamage at the first place that makes no sense."""
     at = first = begin
     long_name: str | None = None
     long_size: int | None = None
@@ -110,8 +111,8 @@ def members(read: Callable[[int, int], bytes], begin: int, end: int) -> Iterator
                 except ValueError as error:
                     raise TarDamage(first, "damaged tar", f"size {found['size'][:20]!r} in a header") from error
         elif info.type != tarfile.GNUTYPE_LONGLINK:
-            if info.type in tarfile.REGULAR_TYPES:
-                yield Member(name, first, offset, size, after)
+            if info.type in tarfile.REGULAR_TYPES or info.issym() or info.islnk():
+                yield Member(name, first, offset, size, after, info.issym() or info.islnk())
             first, long_name, long_size = after, None, None
         at = after
         if info.type not in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
@@ -161,6 +162,7 @@ class WebDatasetSource(Source):
     """Tar shards, or a folder that Energon has prepared."""
 
     suffixes = (".tar",)
+    format = "a tar"
     wanted = "`path` names a tar, a folder of tars, or many by a-{000..010}.tar, relative to the current directory."
 
     def __init__(self, name: str, settings: schema.Source) -> None:
@@ -189,6 +191,24 @@ class WebDatasetSource(Source):
         if self._meta is not None:
             parts["energon"] = [self._meta.columns, self._meta.prompt]
         return parts
+
+    def notes(self) -> list[str]:
+        """Tars without the empty blocks that end one."""
+        cut = [self.files[part] for part in range(len(self.files)) if not self._ends_whole(part)]
+        if not cut:
+            return []
+        return [
+            f"cut? {len(cut)} of {len(self.files)} tars have no end-of-archive block, as after a broken download or "
+            f"copy; compare sizes with where they come from: {', '.join(cut[:3])}{', ...' if len(cut) > 3 else ''}"
+        ]
+
+    def _ends_whole(self, part: int) -> bool:
+        """Whether the last block is empty, as writers leave it; what cannot be read is told where it is needed."""
+        file = self.file(part)
+        try:
+            return not file.size or (file.size % _BLOCK == 0 and not file.read(file.size - _BLOCK, _BLOCK).strip(b"\0"))
+        except OSError:
+            return True
 
     def units(self) -> Iterator[Unit]:
         """A tar each, or about 1000 samples where an index tells where they are."""
@@ -289,6 +309,8 @@ class WebDatasetSource(Source):
         images: list[tuple[list[Any], ImageRef]] = []
         for member in sorted(group, key=lambda m: m.extension):
             kind = member.extension.rsplit(".", 1)[-1].lower()
+            if member.is_link:
+                raise BadSample("link in tar", f"key {key}: {member.name} is a link; store the file itself (tar -h)")
             digest.update(f"\0{member.extension}\0{member.size}\0".encode("utf-8", "surrogateescape"))
             if kind in IMAGES:
                 image = image_of(member)

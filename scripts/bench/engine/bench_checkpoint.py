@@ -89,7 +89,7 @@ def main() -> None:
     )
     engine = zero.build(model, build_optimizer(groups, recipe(False).optimizer, "cpu"), settings, world)
     built: Any = SimpleNamespace(engine=engine, groups=groups)
-    resolved: Any = SimpleNamespace(recipe_hash="bench")
+    resolved: Any = SimpleNamespace(recipe_hash="bench", recipe=recipe(False))
     said: list[str] = []
     savers = {kind: Saver(built, run, recipe(kind), resolved, said.append, lambda: None) for kind in (True, False)}
     progress = state.Progress()
