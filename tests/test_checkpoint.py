@@ -406,7 +406,10 @@ def test_all_weights_of_a_run_come_from_the_checkpoint_and_its_base(tmp_path: Pa
         checkpoint.open_checkpoint(first)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"), pytest.param(3, "bf16", marks=pytest.mark.slow)],
+)
 def test_saved_and_restored_goes_on_as_if_never_stopped(tmp_path: Path, stage: int, precision: str) -> None:
     """Steps 4-6 after a restore into a fresh engine (other initial weights) equal those of the run that went on."""
     job = "engine/zero_jobs.py:save_and_restore"

@@ -127,6 +127,7 @@ def test_a_bug_on_one_rank_keeps_its_traceback_and_ends_the_others(
     assert "rank 1 (host " in line and "failed in step 2, backward: ValueError: a bug of this rank" in line
 
 
+@pytest.mark.slow
 def test_asked_to_stop_while_a_rank_is_stuck_ends_without_a_save(zygote: Zygote, inputs: Path, tmp_path: Path) -> None:
     """As torchrun does when a host hangs: TERM to all. One of them never comes to the end of the step."""
     fault = {"rank": 0, "at": "optimizer step", "step": 5, "how": "stop"}

@@ -94,7 +94,7 @@ def test_losses_are_bit_equal_in_fp32_with_and_without(inputs: Path, tmp_path: P
         assert validations(other) == validations(without)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_losses_where_images_come_again(inputs: Path, tmp_path: Path, precision: str) -> None:
     """Two epochs and more: within 1e-6 of the loss in fp32 and 2e-3 in bf16, since a tile is read as it was computed in
     other company. Measured worst over 8 steps: 0 in both; the margins are for other CPUs' kernels."""

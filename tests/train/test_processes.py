@@ -46,6 +46,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], limit_
     raise AssertionError(f"step {step} was not reached")
 
 
+@pytest.mark.slow  # the default run has the same from forked ranks: test_chaos.py, test_faults.py
 def test_killed_at_a_random_point_and_resumed_equals_never_killed(inputs: Path, tmp_path: Path) -> None:
     """kill -9 of one rank somewhere in a run of 14 steps that saves beside the training; started again, it ends with
     the losses of a whole run that stood still for its saves."""

@@ -404,7 +404,7 @@ def test_changed_data_is_refused_on_resume(inputs: Path, tmp_path: Path) -> None
     assert run(recipe, out, "max_steps=3", accept=["max_steps", "data"]) == (0, "")
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("asynchronous", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_full_disk_on_one_rank_stops_all_and_keeps_the_last_checkpoint(
     inputs: Path, whole: Path, tmp_path: Path, asynchronous: str
 ) -> None:
