@@ -116,6 +116,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     return evaluate_command(args)
 
 
+def _report(args: argparse.Namespace) -> int:
+    from nvlm_train.report import report_command
+
+    return report_command(args)
+
+
 def _env(args: argparse.Namespace) -> int:
     found = environment()
     if args.json:
@@ -167,6 +173,11 @@ def environment() -> dict[str, str]:
 
 def _json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable report on stdout")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run directory")
+    _json_flag(parser)
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -474,6 +485,12 @@ VERBS: dict[str, Verb] = {
         _evaluate_arguments,
         "evaluate runs/quickstart/export --data demo/data/heldout_pairs.jsonl --json",
         _evaluate,
+    ),
+    "report": Verb(
+        "attempts of a run, lost time, and the share of it that moved the training forward",
+        _report_arguments,
+        "report runs/quickstart/2_sft",
+        _report,
     ),
     "env": Verb("versions, devices and launcher variables", _json_flag, "env --json", _env),
 }
