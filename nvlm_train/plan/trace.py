@@ -20,6 +20,8 @@ from typing import NamedTuple
 from nvlm_train.model.flops import patches_per_tile
 from nvlm_train.recipe.schema import LanguageModel, Model, Recipe, Vision, lora_targets
 
+PHASES = ("forward", "backward")  # what runs again in backward counts there
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -92,12 +94,12 @@ class _Maker:
         base += [self.tensor(f"{name}.base_layer.bias", outputs)] * bias
         a = self.tensor(f"{name}.lora_A.default.weight", self.rank * inputs, True)
         b = self.tensor(f"{name}.lora_B.default.weight", self.rank * outputs, True)
-        return Call(name, [], [Call(name, base), Call(name, [a]), Call(name, [b])])
+        return Call(name, [], [Call(name, base), Call(f"{name}.lora_dropout"), Call(name, [a]), Call(name, [b])])
 
 
 def _feed_forward(make: _Maker, name: str, width: int, inner: int) -> Call:
-    layers = [("gate_proj", width, inner), ("up_proj", width, inner), ("down_proj", inner, width)]
-    return Call(name, [], [make.linear(f"{name}.{part}", *sizes) for part, *sizes in layers])
+    sizes = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
+    return Call(name, [], [make.linear(f"{name}.{part}", a, b) for part, (a, b) in sizes.items()])
 
 
 def _cross_layer(make: _Maker, model: Model, number: int) -> Call:
@@ -106,10 +108,10 @@ def _cross_layer(make: _Maker, model: Model, number: int) -> Call:
     kv, name = groups * (width // heads), f"layers.{number}"
     gates = ["attn_gate"] + ["mlp_gate"] * own.feed_forward if own.gate == "tanh" else []
     calls = [make.vector(f"{name}.memory_norm", width)] if own.memory_norm == "rms_norm" else []
-    attention = [("q_proj", width, width), ("k_proj", width, kv), ("v_proj", width, kv), ("o_proj", width, width)]
+    attention = {"q_proj": width, "k_proj": kv, "v_proj": kv, "o_proj": width}
     calls += [
         make.vector(f"{name}.input_layernorm", width),
-        Call(name, [], [make.linear(f"{name}.attn.{part}", *sizes) for part, *sizes in attention]),
+        Call(name, [], [make.linear(f"{name}.attn.{part}", width, out) for part, out in attention.items()]),
     ]
     if own.feed_forward:
         calls += [
@@ -122,14 +124,15 @@ def _cross_layer(make: _Maker, model: Model, number: int) -> Call:
 def _decoder_layer(make: _Maker, lm: LanguageModel, number: int, reader: Call | None, place: str, again: bool) -> Call:
     width, kv = lm.hidden_size, lm.num_key_value_heads * (lm.hidden_size // lm.num_attention_heads)
     name, bias = f"model.layers.{number}", lm.model_type == "qwen2"
-    attention = [("q_proj", width, width, bias), ("k_proj", width, kv, bias), ("v_proj", width, kv, bias)]
+    attention = [
+        make.linear(f"{name}.self_attn.q_proj", width, width, bias),
+        make.linear(f"{name}.self_attn.k_proj", width, kv, bias),
+        make.linear(f"{name}.self_attn.v_proj", width, kv, bias),
+        make.linear(f"{name}.self_attn.o_proj", width, width),
+    ]
     calls = [
         make.vector(f"{name}.input_layernorm", width),
-        Call(
-            name,
-            [],
-            [make.linear(f"{name}.self_attn.{part}", *sizes) for part, *sizes in [*attention, ("o_proj", width, width)]],
-        ),
+        Call(name, [], attention),
         make.vector(f"{name}.post_attention_layernorm", width),
         _feed_forward(make, f"{name}.mlp", width, lm.intermediate_size),
     ]
@@ -279,6 +282,8 @@ def _events(recipe: Recipe, chunks: int) -> list[_Event]:
         if before:
             yield _Event(False, call, False)
 
+    whole = Call("model")
+    found.append(_Event(True, whole, True))
     for path, root in enumerate(roots):
         if root.name == "vision_model":
             gradient = False  # pixels
@@ -293,9 +298,8 @@ def _events(recipe: Recipe, chunks: int) -> list[_Event]:
             forward(root, path)
             gradient = image_gradient
             continue
-        if root.name == "decoder" and recipe.model.architecture == "nvlm_x":
-            pass
         forward(root, path)
+    found += [_Event(False, whole, True), _Event(True, whole, False)]
     for path in reversed(range(len(roots))):
         found.extend(backward(roots[path], path))
     return found
@@ -307,7 +311,11 @@ class _Coordinator:
     def __init__(self, order: list[Call], settings: Recipe, persistent: set[str]) -> None:
         zero = settings.zero
         self.order, self.persistent = order, persistent
-        self.reuse, self.bucket, self.most = zero.max_reuse_distance, zero.prefetch_bucket_size, zero.max_live_parameters
+        self.reuse, self.bucket, self.most = (
+            zero.max_reuse_distance,
+            zero.prefetch_bucket_size,
+            zero.max_live_parameters,
+        )
         self.uses: dict[str, list[int]] = {}
         self.traversed = [0]  # elements of the modules before each place of the order
         self.queue: deque[tuple[Tensor, int]] = deque()
@@ -316,7 +324,7 @@ class _Coordinator:
                 self.uses.setdefault(tensor.name, []).append(place)
                 self.queue.append((tensor, place))
             self.traversed.append(self.traversed[-1] + sum(tensor.numel for tensor in call.tensors))
-        self.gathers: Counter[str] = Counter()
+        self.gathers: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}
         self.state: dict[str, str] = dict.fromkeys(persistent, "here")
         self.active: dict[str, set[int]] = {}
         self.fetched_for: dict[str, float] = {}
@@ -324,9 +332,10 @@ class _Coordinator:
         self.of_recompute: dict[int, dict[str, Tensor]] = {}
         self.here = self.most_here = self.place = 0
 
-    def _gather(self, wanted: Iterable[Tensor], state: str) -> None:
+    def _gather(self, wanted: Iterable[Tensor], state: str, event: _Event) -> None:
+        phase = "forward" if event.forward and not event.again else "backward"
         for tensor in wanted:
-            self.gathers[tensor.name] += 1
+            self.gathers[phase][tensor.name] += 1
             self.state[tensor.name] = state
             self.here += tensor.numel
         self.most_here = max(self.most_here, self.here)
@@ -335,13 +344,14 @@ class _Coordinator:
         call = event.call
         if not event.forward:
             self.in_backward[id(call)] = call
-        self._gather([t for t in call.tensors if t.name not in self.state], "here")
+        self._gather([t for t in call.tensors if t.name not in self.state], "here", event)
         for tensor in call.tensors:
             self.state[tensor.name] = "here"
             self.active.setdefault(tensor.name, set()).add(id(call))
             if event.again and self.in_backward and not tensor.trained:
                 owner = next(reversed(self.in_backward))
                 self.of_recompute.setdefault(owner, {})[tensor.name] = tensor
+                self.active[tensor.name].add(owner)
         left = {t.name for t in call.tensors if self.fetched_for.get(t.name, -1) < self.place}
         while self.queue and left:
             tensor, place = self.queue.popleft()
@@ -353,7 +363,7 @@ class _Coordinator:
                 tensor, place = self.queue.popleft()
                 self.fetched_for[tensor.name] = max(self.fetched_for.get(tensor.name, -1), place)
                 if tensor.name not in self.state:
-                    self._gather([tensor], "coming")
+                    self._gather([tensor], "coming", event)
                     ahead += tensor.numel
         self.place += 1
 
@@ -377,17 +387,15 @@ class _Coordinator:
             return True
         uses = self.uses.get(name, [])
         following = bisect_left(uses, self.place)
-        return (
-            following < len(uses) and self.traversed[uses[following]] - self.traversed[self.place] < self.reuse
-        )
+        return following < len(uses) and self.traversed[uses[following]] - self.traversed[self.place] < self.reuse
 
 
 @dataclass(frozen=True)
 class Gathers:
-    """counts: how often each tensor is gathered in a micro-step. most: elements that are whole at the same time,
-    persistent ones left out. persistent: tensors that stay whole and are gathered once a step."""
+    """counts: how often each tensor is gathered in each of `PHASES` of a micro-step. most: elements that are whole at
+    the same time, persistent ones left out. persistent: tensors that stay whole, and are gathered once a step."""
 
-    counts: dict[str, int]
+    counts: dict[str, dict[str, int]]
     most: int
     persistent: frozenset[str]
 
@@ -402,4 +410,4 @@ def gathers(recipe: Recipe, chunks: int) -> Gathers:
     run = _Coordinator([event.call for event in events if event.fetch], recipe, persistent)
     for event in events:
         (run.fetch if event.fetch else run.release)(event)
-    return Gathers(dict(run.gathers), run.most_here, frozenset(persistent))
+    return Gathers({phase: dict(counts) for phase, counts in run.gathers.items()}, run.most_here, frozenset(persistent))
