@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from nvlm_train.errors import RecipeError, SetupError
 from nvlm_train.plan.communication import communication, micro_step
 from nvlm_train.recipe.resolve import known_steps, resolve
-from nvlm_train.recipe.schema import Recipe, all_keys
+from nvlm_train.recipe.schema import Optimizer, Recipe
 
 GIB = 2**30
 BYTES_SAVED = {"checkpoint": 12, "milestone": 2}  # of a trained parameter, README "What a checkpoint takes"
-BYTES_OF_A_SLICE = 1200  # what torch's format adds for a tensor, rank and moment
-SWEEP = (8, 16, 32, 64, 128, 256)
+SWEEP = (1, 2, 4, 8, 16, 32)  # nodes
 # what `--gpus-per-node` and `--nodes` may be at most: above it somebody mistyped
 MOST_GPUS = 65536
 
@@ -89,7 +88,7 @@ def plan(recipe: Recipe, cluster: Cluster) -> dict[str, Any]:
         "smallest": smallest(recipe, cluster),
         "knobs": [] if memory["fits"] else knobs(recipe, cluster),
         "room_for": room_for(recipe, cluster) if memory["fits"] else [],
-        "sweep": [_row(recipe, cluster, gpus) for gpus in SWEEP],
+        "sweep": [_row(recipe, cluster, nodes * cluster.gpus_per_node) for nodes in SWEEP],
         "warnings": list(resolved.warnings),
     }
     return found
@@ -146,7 +145,8 @@ def smallest(recipe: Recipe, cluster: Cluster) -> dict[str, Any]:
         except RecipeError as error:
             if not last:
                 continue  # hpZ, say, wants a multiple
-            return {"gpus": None, "reason": f"{str(error).splitlines()[0]}; on {last} GPUs it takes {_gib(least)} GiB"}
+            why = str(error).splitlines()[0].split(": a rank needs")[0]
+            return {"gpus": None, "reason": f"{why}, and on {last} it takes {_gib(least)} GiB"}
         last, least = gpus, total
         if total <= limit:
             return {"gpus": gpus, "sum_bytes": total}
@@ -321,10 +321,10 @@ def _turns(recipe: Recipe, gpus: int) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"data.pack_tokens": smaller}, "smaller packs, so less to hide gathers behind (--accept data)"
     if recipe.tower_is_replicated and zero.stage == 3 and gpus > 1:
         yield {"zero.tower": "partitioned"}, "the tower is gathered in every micro-step with an image"
-    kinds = all_keys().get("optimizer.name")
-    for kind in ("adamw_8bit", "adamw8bit"):
-        if kinds is not None and kind in kinds.kind and getattr(recipe.optimizer, "name", None) != kind:
-            yield {"optimizer.name": kind}, "moments of 8 bits"
+    for name in ("name", "kind", "type"):  # kinds of optimizers, where the recipe knows some
+        field = Optimizer.model_fields.get(name)
+        for kind in get_args(field.annotation) if field is not None else ():
+            yield {f"optimizer.{name}": kind}, "another optimizer: look at the learning rate"
     if zero.offload_optimizer == "none" and zero.stage:
         yield {"zero.offload_optimizer": "cpu"}, "the update runs on the host's cores"
     if zero.offload_param == "none" and zero.stage == 3:

@@ -238,6 +238,8 @@ def _count(number: int | None) -> str:
 
 
 def _seconds(seconds: float) -> str:
+    if seconds < 0.1:
+        return f"{seconds * 1e3:6.2f} ms"
     return f"{seconds:6.2f} s" if seconds < 100 else f"{seconds:6.0f} s"
 
 
