@@ -43,6 +43,12 @@ def _recipe(name: str) -> Callable[[argparse.Namespace], int]:
     return run
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from nvlm_train.plan.show import plan_command
+
+    return plan_command(args)
+
+
 def _fetch(args: argparse.Namespace) -> int:
     from nvlm_train.train.weights import fetch_command
 
@@ -194,6 +200,49 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def _recipe_on_ranks(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
     parser.add_argument("--world-size", type=_positive, metavar="N", help="number of ranks (default: WORLD_SIZE, or 1)")
+    _json_flag(parser)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--nodes", type=_positive, required=True, metavar="N", help="number of nodes")
+    parser.add_argument("--gpus-per-node", type=_positive, required=True, metavar="M", help="GPUs of a node")
+    parser.add_argument("--gpu-gib", type=_above_zero, required=True, metavar="G", help="memory of a GPU in GiB")
+    parser.add_argument(
+        "--link-gbps",
+        type=_above_zero,
+        metavar="B",
+        help="Gbit/s into a node, all its adapters together, as reached (some 0.8 of what they are sold as); default: "
+        "not known, what is needed is told",
+    )
+    parser.add_argument(
+        "--intra-gbps",
+        type=_above_zero,
+        default=2880.0,
+        metavar="B",
+        help="Gbit/s that a GPU receives inside its node, as reached (default: 2880, NVLink of an H100)",
+    )
+    parser.add_argument(
+        "--mfu",
+        type=_share,
+        default=0.4,
+        metavar="X",
+        help="useful operations over the peak, nobody waiting (default: 0.4)",
+    )
+    parser.add_argument(
+        "--peak-tflops",
+        type=_above_zero,
+        default=989.0,
+        metavar="T",
+        help="peak of a GPU in the recipe's precision (default: 989, bf16 of an H100; A100: 312)",
+    )
+    parser.add_argument(
+        "--reserve-gib",
+        type=float,
+        default=4.0,
+        metavar="R",
+        help="of a GPU's memory, left to CUDA, NCCL and the allocator's slack (default: 4)",
+    )
     _json_flag(parser)
 
 
@@ -394,6 +443,21 @@ def _whole(text: str) -> int:
     return number
 
 
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1 (0.4, say, for 40 %)")
+    return number
+
+
+_above_zero.__name__ = _share.__name__ = "number"
 _whole.__name__ = "whole number"
 _positive.__name__ = "whole number"  # what argparse calls it in "invalid whole number value"
 
@@ -424,6 +488,12 @@ VERBS: dict[str, Verb] = {
     ),
     "recipe schema": Verb(
         "the JSON schema, for editors", lambda parser: None, "recipe schema > recipe.schema.json", _recipe("schema")
+    ),
+    "plan": Verb(
+        "whether a run fits on a cluster, how long it takes there, and what to turn",
+        _plan_arguments,
+        "plan recipes/nvlm_d_72b/2_sft.yaml --nodes 8 --gpus-per-node 8 --gpu-gib 80 --link-gbps 2560",
+        _plan,
     ),
     "fetch": Verb(
         "download the weights that hf:// names, and compare them with the model",
