@@ -122,6 +122,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     return evaluate_command(args)
 
 
+def _preflight(args: argparse.Namespace) -> int:
+    from nvlm_train.train.preflight import preflight_command
+
+    return preflight_command(args)
+
+
 def _report(args: argparse.Namespace) -> int:
     from nvlm_train.report import report_command
 
@@ -179,6 +185,12 @@ def environment() -> dict[str, str]:
 
 def _json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable report on stdout")
+
+
+def _preflight_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--limit-s", type=float, default=60.0, metavar="S", help="all checks together (default 60)")
+    parser.add_argument("--out", metavar="FILE", help="findings and failed nodes as JSON")
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -556,6 +568,13 @@ VERBS: dict[str, Verb] = {
         "evaluate runs/quickstart/export --data demo/data/heldout_pairs.jsonl --json",
         _evaluate,
     ),
+    "preflight": Verb(
+        "look at every node of an allocation before training; launched like train",
+        _preflight_arguments,
+        "preflight recipes/quickstart/2_sft.yaml\n"
+        "  srun --ntasks-per-node 8 python -m nvlm_train preflight recipes/nvlm_d_72b/2_sft.yaml --out preflight.json",
+        _preflight,
+    ),
     "report": Verb(
         "attempts of a run, lost time, and the share of it that moved the training forward",
         _report_arguments,
@@ -638,9 +657,8 @@ def _find_verb(argv: list[str]) -> tuple[str, list[str]] | None:
 
 
 def _unknown(word: str, words: Sequence[str], group: str) -> str:
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    if not near and not group:
-        near = [name for name in VERBS if name.endswith(f" {word}")][:1]
+    near = [] if group else [name for name in VERBS if name.endswith(f" {word}")][:1]
+    near = near or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     if not near and not group and word.endswith((".yaml", ".yml")):
         near = [f"train {word}"]
     hint = f"did you mean `{PROG} {group}{near[0]}`?" if near else f"use one of {', '.join(words)}"
