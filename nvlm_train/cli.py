@@ -621,9 +621,8 @@ def _find_verb(argv: list[str]) -> tuple[str, list[str]] | None:
 
 
 def _unknown(word: str, words: Sequence[str], group: str) -> str:
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    if not near and not group:
-        near = [name for name in VERBS if name.endswith(f" {word}")][:1]
+    near = [] if group else [name for name in VERBS if name.endswith(f" {word}")][:1]
+    near = near or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     if not near and not group and word.endswith((".yaml", ".yml")):
         near = [f"train {word}"]
     hint = f"did you mean `{PROG} {group}{near[0]}`?" if near else f"use one of {', '.join(words)}"

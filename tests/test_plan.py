@@ -140,7 +140,9 @@ def test_hpz_asks_all_ranks_once_a_step() -> None:
     assert sent["into_node_per_step"] == pytest.approx(
         (volume["all_gather_into_tensor/4"] + volume["reduce_scatter_tensor/4"]) / 2, abs=2
     )
-    assert 0 <= found["hpz_copy"] - resolve(recipe, 4).memory["hpz_copy"] <= 4 * 4 * len(found["tensors"])
+    assert found["hpz_copy"] == pytest.approx(
+        resolve(recipe, 4).memory["hpz_copy"], rel=0.02
+    )  # small tensors are whole
 
 
 def test_gathers_by_hand() -> None:
@@ -403,7 +405,18 @@ def test_the_documents_figures_are_the_plans() -> None:
     text = Path("README.md").read_text(encoding="utf-8")
     module = load_script("bench/plan_against_public.py")
     section = text.split("\n## Know before you queue\n", 1)[1].split("\n## ", 1)[0]
-    for row in module.table():
-        if f"| {row.what} |" in section:
-            assert f"| {row.what} | {row.published:g} {row.unit} | {row.ours:.4g} |" in section, row
-    assert section.count(" GPUs |") >= 1
+    shown = [row for row in module.table() if f"| {row.what} |" in section]
+    assert len(shown) >= 10
+    for row in shown:
+        assert f"| {row.what} | {row.published:g} {row.unit} | {row.ours:.4g} | {row.deviation:+.1%}" in section, row
+
+
+@pytest.mark.parametrize("nodes", [8, 16])
+def test_the_readme_shows_what_the_command_prints(nodes: int, capsys: pytest.CaptureFixture[str]) -> None:
+    text = Path("README.md").read_text(encoding="utf-8")
+    command = f"{SFT} --nodes {nodes} --gpus-per-node 8 --gpu-gib 80 --link-gbps 2560"
+    shown = text.split(f"$ nvlm-train plan {command}\n", 1)[1].split("```", 1)[0]
+    _, printed = run(capsys, *command.split())
+    lines = printed.splitlines()
+    missing = [line for line in shown.splitlines() if line != "..." and line not in lines]
+    assert not missing and len(shown.splitlines()) > 10
