@@ -193,7 +193,7 @@ def parts_of(
 ) -> list[Part]:
     """Weights and data named in a recipe (dictionary form), and all that is behind them, without repeats.
 
-    earlier_run: what recipe.json recorded of the run behind `init_from.run`: path, recipe, earlier_run, parts.
+    earlier_run: what recipe.json recorded of the run behind `init_from.run`: path, sha256, recipe, earlier_run, parts.
     hashes: SHA-256 of files by absolute path. digests: of each source's index. texts: takes the licence texts that lie
     in the folders, by SHA-256. Folders that are gone say nothing.
     CheckpointError when the recipe started from a run that is not recorded: its licences would be lost.
@@ -216,7 +216,9 @@ def parts_of(
             )
         stated = run.get("license") or earlier_run["recipe"].get("license")
         source = run.get("source") or Path(run["path"]).name
-        parts.append(Part("weights", "run", stated, source, path=run["path"], recorded=True))
+        digest = earlier_run.get("sha256")
+        content = {"state.json": digest} if digest else {}  # which holds the sums of all files of a checkpoint
+        parts.append(Part("weights", "run", stated, source, path=run["path"], content=content, recorded=True))
         parts += parts_of_run(earlier_run)
     return union(parts)
 

@@ -26,6 +26,8 @@ _PARTS = {
     "nvlm_h": "An NVLM-H model (vision tower, projector, gated cross-attention and decoder)",
 }
 _PLACES = ("path", "image_root", "index_dir", "output_dir")  # keys of a recipe that tell of a machine
+_ASIDE = ("log", "distributed", "debug")  # sections that say nothing of the weights
+_CROSSING = "cross_attention"
 _TAIL = 2**22  # bytes of metrics.jsonl that are looked at
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -209,7 +211,8 @@ def _tokens(training: Training) -> list[str]:
 
 def _recipe(recipe: Mapping[str, Any]) -> list[str]:
     """The recipe, folded away; of folders and files only the last name, because the rest tells of a machine."""
-    text = yaml.safe_dump(_without_places(dict(recipe)), sort_keys=False, allow_unicode=True, width=120)
+    told = {name: value for name, value in recipe.items() if name not in _ASIDE}
+    text = yaml.safe_dump(_without_places(told), sort_keys=False, allow_unicode=True, width=120)
     return ["<details><summary>Recipe</summary>", "", "```yaml", text.rstrip(), "```", "", "</details>", ""]
 
 
@@ -269,6 +272,6 @@ def _step(recipe: Mapping[str, Any]) -> str:
 
 
 def _trained(recipe: Mapping[str, Any]) -> str:
-    train = recipe.get("train") or {}
-    modes = {module: mode for module, mode in train.items() if module in LORA_TARGETS}
+    train, crosses = recipe.get("train") or {}, (recipe.get("model") or {}).get("architecture", "nvlm_d") != "nvlm_d"
+    modes = {name: mode for name, mode in train.items() if name in LORA_TARGETS and (crosses or name != _CROSSING)}
     return ", ".join(f"{module} {mode}" for module, mode in modes.items()) or "not recorded"

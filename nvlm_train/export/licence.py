@@ -273,8 +273,8 @@ def judge(
     """The licence of an export: `stated`, if it keeps what all parts ask for; else the one they ask for.
 
     more: {part: licence} where the recipe states none, as `--license` gives it; a part is `weights.vision`,
-    `data.captions`, or a pattern: `data.*`. Raises CheckpointError with every part whose licence is missing or not known, and where `stated`
-    allows more than a part does.
+    `data.captions`, or a pattern: `data.*`. Raises CheckpointError with every part whose licence is missing or not
+    known, and where `stated` allows more than a part does.
     """
     problems: list[str] = []
     parts = _with_known_bases(_filled_in(parts, more or {}, problems))
@@ -454,7 +454,7 @@ def write(folder: Path, licences: Licences, about: Mapping[str, Any]) -> None:
 
 def _texts(licences: Licences) -> dict[str, bytes]:
     """LICENSE.NAME of every text at hand, each once. Apache-2.0 always: the code that travels with the weights is."""
-    found = {"LICENSE.Apache-2.0": apache().encode()}
+    found = {_apache_file(licences): apache().encode()}
     seen = {hashlib.sha256(text).hexdigest() for text in found.values()}
     for part in licences.parts:
         if part.recorded or part.kind != "weights":
@@ -474,6 +474,10 @@ def _texts(licences: Licences) -> dict[str, bytes]:
     return found
 
 
+def _apache_file(licences: Licences) -> str:
+    return "LICENSE" if licences.label == "Apache-2.0" else "LICENSE.Apache-2.0"
+
+
 def _short(part: Part) -> str:
     name = hub_name(part.source)
     return re.sub(r"[^\w.-]+", "-", name.split("/")[1] if name else part.name)
@@ -491,7 +495,7 @@ def _license(licences: Licences, texts: Mapping[str, bytes], about: Mapping[str,
     """The text of the label where it is at hand, else its name and where it stands."""
     label = licences.label
     if label == "Apache-2.0":
-        return texts["LICENSE.Apache-2.0"]
+        return texts["LICENSE"]
     if label == "MIT":
         return MIT.format(copyright=f"Copyright (c) the authors of {about.get('run_name') or 'these weights'}").encode()
     for part in licences.parts:  # a base's own copy of the same licence
@@ -513,10 +517,8 @@ def _notice(licences: Licences, texts: Mapping[str, bytes], about: Mapping[str, 
     data = [part for part in licences.parts if part.kind == "data"]
     lines = [f"{about.get('run_name') or 'These weights'}: weights trained with nvlm_train.", ""]
     lines += [licences.warning() or "", ""] if licences.research_only else []
-    lines += [
-        "The Python files in this folder are part of nvlm_train, licensed under Apache-2.0 (LICENSE.Apache-2.0).",
-        "",
-    ]
+    code = f"The Python files in this folder are part of nvlm_train, under Apache-2.0 ({_apache_file(licences)})."
+    lines += [code, ""]
     if weights:
         lines += [
             "The safetensors files were made by changing (training further, joining, renaming, converting) the works "
@@ -554,7 +556,7 @@ def _entry(part: Part, texts: Mapping[str, bytes], licences: Licences) -> list[s
     short = f"LICENSE.{_short(part)}"
     files = [file for file in texts if file == short or file.startswith(short + ".")]
     if not files and part.kind == "weights" and "Apache-2.0" in map(canonical, part.licences):
-        files = ["LICENSE.Apache-2.0"]
+        files = [_apache_file(licences)]
     return [*lines, *(f"  text: {file}" for file in files)]
 
 

@@ -271,6 +271,11 @@ def _parts(
     parts = provenance.parts_of(values, earlier, hashes=hashes, digests=digests, texts=texts)
     if before:
         parts = provenance.later_parts(provenance.parts_of_run(before), parts)
+    if unsaid := [part.key for part in parts if not part.licences and not part.recorded]:
+        log.warning(
+            "no licence is stated for %s; training goes on, an export will ask for it (license: in the recipe)",
+            ", ".join(unsaid),
+        )
     kept = [Path(earlier["path"]).parent] if earlier is not None else []
     kept += [start.branch.checkpoint.parent] if start.branch is not None else []
     for run in kept:
@@ -288,6 +293,7 @@ def _earlier_run(recipe: Recipe) -> dict[str, Any] | None:
     return {
         "path": os.path.abspath(step),
         "recipe_hash": content["recipe_hash"],
+        "sha256": checkpoint.sha256(step / "state.json"),
         "recipe": content["recipe"],
         "earlier_run": content.get("earlier_run"),
         "parts": [provenance.as_record(part) for part in provenance.parts_of_run(content)],

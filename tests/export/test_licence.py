@@ -458,3 +458,54 @@ def test_what_a_push_needs_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(SetupError, match="huggingface_hub, which is not installed"):
         push.open_hub(push.Target("me/tiny"))
+
+
+def test_export_command_pushes_what_was_verified(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    weights: MemoryWeights,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first line, --license, --push: before anything is written, after verification, and again after a failure."""
+    checkpoint: Any = MemoryWeights(weights.tensors)
+    checkpoint.recipe = {**recipe, "init_from": {"model": {"path": "nowhere", "source": NVLM}}}
+    checkpoint.earlier_run = checkpoint.continued_from = checkpoint.parts = None
+    checkpoint.step, checkpoint.state, checkpoint.identity = 12, {"recipe_hash": "abc"}, "a hash"
+    checkpoint.checkpoint = Namespace(run=tmp_path)
+    (tmp_path / "recipe.json").write_text(json.dumps({"format": 1, "recipe": checkpoint.recipe}))
+    monkeypatch.setattr("nvlm_train.checkpoint.open_checkpoint", lambda path, checksums: checkpoint)
+    reports = [{"ok": False, "problems": ["values: wrong"]}, {"ok": True, "problems": []}, {"ok": True, "problems": []}]
+    monkeypatch.setattr("nvlm_train.export.verify.verify", lambda *given: reports.pop(0))
+    monkeypatch.setattr("nvlm_train.export.verify.print_report", lambda report, as_json: print(json.dumps(report)))
+
+    def command(hub: Any, **given: Any) -> int:
+        monkeypatch.setattr(push, "open_hub", lambda target: hub)
+        flags = {"no_verify": False, "push": "me/tiny", "public": False, "yes": True, "json": False, **given}
+        return hf.export_command(Namespace(run="runs/tiny", out=str(tmp_path / "out"), **flags))
+
+    for wrong, words in (
+        ({"no_verify": True}, "--push goes with verified exports alone"),
+        ({"push": None, "public": True}, "--public has no meaning without --push"),
+        ({"license": ["MIT", "Apache-2.0"]}, "--license names 2 licences of the export"),
+    ):
+        with pytest.raises(SetupError, match=words):
+            command(FakeHub(), **wrong)
+    with pytest.raises(CheckpointError, match=r"license: 'MIT' allows more than weights\.model does"):
+        command(FakeHub(), license=["MIT"])
+    assert not (tmp_path / "out").exists()
+
+    hub = FakeHub()
+    assert command(hub) == 1 and hub.calls == []  # not verified
+    first, report = capsys.readouterr().out.splitlines()
+    assert first.startswith("For non-commercial research only (CC-BY-NC-4.0). Commercial use is not allowed")
+    assert json.loads(report)["research_only"] is True and "pushed" not in report
+    with pytest.raises(CheckpointError, match="was exported with other licences"):
+        command(hub, license=["CC-BY-NC-SA-4.0"])
+    written = (tmp_path / "out" / "config.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert command(hub, json=True) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["pushed"]["private"] is True and err.startswith("For non-commercial research only")
+    assert "bytes in" in err and [call[0] for call in hub.calls] == ["create_repo", "upload_folder"]
+    assert (tmp_path / "out" / "config.json").stat().st_mtime_ns == written
