@@ -104,11 +104,15 @@ def union(parts: Iterable[Part]) -> list[Part]:
 
 @dataclass(frozen=True)
 class Described:
-    """found: licences that a folder states for itself. parts: what an export of ours records. texts: name, content."""
+    """found: licences that a folder states for itself. texts: name and content.
+
+    parts: what an export of ours records; source: which run it is of.
+    """
 
     found: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
     texts: Mapping[str, bytes] = field(default_factory=dict)
+    source: str | None = None
 
 
 def describe(folder: Path) -> Described:
@@ -120,12 +124,14 @@ def describe(folder: Path) -> Described:
         return Described()
     found = [*_of_card(folder / "README.md"), *_of_config(folder / "config.json")]
     parts: tuple[Part, ...] = ()
+    source = None
     if (folder / RECORD).is_file():
         try:
             content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             if content.get("format") != FORMAT:
                 raise ValueError(f"its format is {content.get('format')!r}, this version reads {FORMAT}")
             parts = tuple(from_record(part) for part in content["parts"])
+            source = f"{content.get('run_name')}, an export of nvlm_train"
             found += [content["license"]] if isinstance(content.get("license"), str) else []
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
@@ -139,7 +145,7 @@ def describe(folder: Path) -> Described:
                 texts[str(file.relative_to(folder))] = file.read_bytes()
     unsaid = ("other", "not-stated", "not stated")
     once = {_spelling(text): text.strip() for text in reversed(found) if text.strip().lower() not in unsaid}
-    return Described(tuple(reversed(once.values())), parts, texts)
+    return Described(tuple(reversed(once.values())), parts, texts, source)
 
 
 def _spelling(text: str) -> str:
@@ -256,7 +262,7 @@ def _of_folder(
     for file, text in described.texts.items():
         named[file] = hashlib.sha256(text).hexdigest()
         texts[named[file]] = text
-    source = given.get("source") or (in_hub["repo"] if in_hub else None)
+    source = given.get("source") or (in_hub["repo"] if in_hub else described.source)
     part = Part(
         kind, name, given.get("license"), source, described.found, path, content, named, bool(described.parts)
     )  # fmt: skip

@@ -314,7 +314,17 @@ def judge(
             "export --license PART=LICENCE (--license data.captions=CC-BY-4.0) fills in what its recipe does not say, "
             "--license LICENCE states that of the export"
         )
-    return Licences(label or _asked_for(parts), tuple(parts), dict(texts or {}))
+    return Licences(label or _asked_for(parts), _once(parts), dict(texts or {}))
+
+
+def _once(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The same data of two stages, or of a run and an export, is one part wherever it lay."""
+    found: dict[tuple[Any, ...], Part] = {}
+    for part in parts:
+        key = (part.key, tuple(map(canonical, part.licences)), part.source, *sorted(part.content.items()))
+        if key not in found or (part.texts and not found[key].texts):
+            found[key] = part
+    return tuple(found.values())
 
 
 def of_run(checkpoint: CheckpointWeights, stated: str | None = None, more: Mapping[str, str] | None = None) -> Licences:
@@ -526,7 +536,7 @@ def _notice(licences: Licences, texts: Mapping[str, bytes], about: Mapping[str, 
             "",
         ]
     for part in weights:
-        if not (part.recorded and not part.licences):
+        if not part.recorded or (part.licences and part.name != "run"):  # a run of ours is no work of others
             lines += [*_entry(part, texts, licences), ""]
     if data:
         lines += ["They were trained on:", ""]

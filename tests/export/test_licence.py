@@ -344,6 +344,9 @@ def test_the_mark_stays_when_an_export_is_trained_on(
             judge(parts, "Apache-2.0")
         if not removed:  # all that is behind it, with the texts
             assert {part.source for part in parts} >= {NVLM, "Qwen/Qwen2-72B-Instruct"}
+            assert parts[0].source == "tiny, an export of nvlm_train"
+            doubled = judge([*parts, *(replace(part, path="elsewhere") for part in parts)], None)
+            assert len(doubled.parts) == len(found.parts)  # of two stages, or of a run and an export
             licence.write(tmp_path, found, {})
             assert (tmp_path / "LICENSE.Qwen2-72B-Instruct").read_text() == "the agreement\n"
 
