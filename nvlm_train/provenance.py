@@ -311,8 +311,10 @@ def read_texts(run: Path, parts: Iterable[Part]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for part in parts:
         for name, digest in part.texts.items():
-            beside = Path(part.path or "/nowhere") / name  # of a run of which only recipe.json was copied
-            for file in (run / TEXTS / f"{digest}.txt", beside):
+            files = [run / TEXTS / f"{digest}.txt"]
+            if part.path and not Path(name).is_absolute() and ".." not in Path(name).parts:
+                files.append(Path(part.path) / name)  # of a run of which only recipe.json was copied
+            for file in files:
                 if file.is_file() and file.stat().st_size <= _LARGEST_TEXT:
                     text = file.read_bytes()
                     if hashlib.sha256(text).hexdigest() == digest:

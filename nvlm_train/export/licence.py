@@ -474,7 +474,7 @@ def _texts(licences: Licences) -> dict[str, bytes]:
             if digest in licences.texts and not file.upper().startswith("NOTICE"):
                 own = True
                 if digest not in seen:
-                    ending = "" if Path(file).stem.upper() in ("LICENSE", "LICENCE") else f".{Path(file).name}"
+                    ending = "" if Path(file).stem.upper() in ("LICENSE", "LICENCE") else f".{_plain(Path(file).name)}"
                     found[_free(f"LICENSE.{_short(part)}{ending}", found)] = licences.texts[digest]
                     seen.add(digest)
         if not own and "MIT" in map(canonical, part.licences):
@@ -490,7 +490,12 @@ def _apache_file(licences: Licences) -> str:
 
 def _short(part: Part) -> str:
     name = hub_name(part.source)
-    return re.sub(r"[^\w.-]+", "-", name.split("/")[1] if name else part.name)
+    return _plain(name.split("/")[1] if name else part.name)
+
+
+def _plain(text: str) -> str:
+    """For the name of a file: it may come from anybody's record."""
+    return re.sub(r"[^\w.-]+", "-", text)
 
 
 def _free(name: str, taken: Mapping[str, bytes]) -> str:

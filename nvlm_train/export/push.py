@@ -121,6 +121,12 @@ def _require_fit(folder: Path, target: Target) -> None:
             f"the licence of {part.key} is unknown, so these weights are not made public; push without --public"
             for part in record.unknown
         ]
+        problems += [
+            f"{part.key} is under {named}, which does not allow to pass on what was made from it"
+            for part in record.parts
+            for named, condition in licence.demands(part)
+            if condition == "no-derivatives"
+        ]
         problems += licence.lacking_in(folder, record)
     if problems:
         raise CheckpointError(f"{folder} is not pushed:\n  " + "\n  ".join(problems))

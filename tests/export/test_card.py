@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from nvlm_train import provenance
 from nvlm_train.export import card, licence
@@ -28,7 +29,7 @@ def write(
     licences = licence.judge(provenance.parts_of(recipe, earlier), recipe.get("license"))
     text = card.model_card(recipe, licences, training, dtype="bf16", adapter=adapter)
     read = ModelCard(text)
-    assert read.data.to_dict() == provenance.yaml.safe_load(text.split("---\n")[1])
+    assert read.data.to_dict() == yaml.safe_load(text.split("---\n")[1])
     return read.data.to_dict(), read.text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
 from argparse import Namespace
@@ -286,6 +287,14 @@ def test_texts_and_notices_travel(research: tuple[Path, licence.Licences]) -> No
         assert f"  {name}\n" in sums
 
 
+def test_the_mark_in_config_json_survives_transformers(research: tuple[Path, licence.Licences]) -> None:
+    """Whoever loads the weights and saves them again keeps it, without knowing."""
+    from nvlm_train.export.remote_code.configuration_nvlm_d import NVLM_D_Config
+
+    config = NVLM_D_Config(**json.loads((research[0] / "config.json").read_text()))
+    assert config.to_dict()["non_commercial_research"] == "CC-BY-NC-4.0"
+
+
 def test_an_agreement_that_is_not_at_hand_is_asked_for(tmp_path: Path) -> None:
     licences = judge([weights_of(None, "Qwen/Qwen2-72B-Instruct")], None)
     licence.write(tmp_path, licences, {})
@@ -355,29 +364,38 @@ def test_the_mark_stays_when_an_export_is_trained_on(
 
 
 class FakeHub:
-    """The calls of huggingface_hub.HfApi that a push makes."""
+    """The calls of huggingface_hub.HfApi that a push makes, with the arguments that the real ones take."""
 
     def __init__(self, there: list[str] | None = None, private: bool = True) -> None:
-        self.there, self.private, self.calls = there, private, []  # type: ignore[var-annotated]
+        self.there, self.private = there, private
+        self.calls: list[tuple[str, str, dict[str, Any]]] = []
 
-    def repo_info(self, repo: str, *, repo_type: str) -> Any:
+    def repo_info(self, repo: str, **given: Any) -> Any:
         from huggingface_hub.errors import RepositoryNotFoundError
 
+        self.check("repo_info", repo, **given)
         if self.there is None:
             raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
         return Namespace(private=self.private, siblings=[Namespace(rfilename=name) for name in self.there])
 
     def create_repo(self, repo: str, **given: Any) -> None:
+        self.check("create_repo", repo, **given)
         self.calls.append(("create_repo", repo, given))
 
     def upload_folder(self, **given: Any) -> Any:
+        self.check("upload_folder", **given)
         self.calls.append(("upload_folder", given["repo_id"], given))
         return Namespace(commit_url="https://huggingface.co/me/tiny/commit/1")
+
+    def check(self, name: str, *positional: Any, **given: Any) -> None:
+        from huggingface_hub import HfApi
+
+        inspect.signature(getattr(HfApi, name)).bind(self, *positional, **given)
 
 
 def test_a_push_says_what_goes_where_and_is_private(research: tuple[Path, licence.Licences]) -> None:
     folder, _ = research
-    hub, said = FakeHub(), []  # type: ignore[var-annotated]
+    hub, said = FakeHub(), list[str]()
     done = push.push(folder, push.Target("me/tiny"), hub, lambda question: said.append(question) or "y", said.append)
     total = sum(path.stat().st_size for path in folder.iterdir())
     assert done == {
@@ -395,7 +413,7 @@ def test_a_push_says_what_goes_where_and_is_private(research: tuple[Path, licenc
 
 
 def test_no_means_no_and_what_is_replaced_is_named(research: tuple[Path, licence.Licences]) -> None:
-    hub, said = FakeHub([".gitattributes", "README.md", "model-00009-of-00009.safetensors"]), []  # type: ignore[var-annotated]
+    hub, said = FakeHub([".gitattributes", "README.md", "model-00009-of-00009.safetensors"]), list[str]()
     for answer in ("", "n", "no", "maybe"):
         assert push.push(research[0], push.Target("me/tiny"), hub, lambda _, a=answer: a, said.append) is None  # type: ignore[misc]
     assert hub.calls == [] and said[-1] == "nothing was uploaded"
@@ -428,6 +446,16 @@ def test_a_push_is_refused_where_it_would_show_more_than_asked(
         push.push(copy, push.Target("me/tiny", public=True, **yes), hub)
     assert hub.calls == []
     assert push.push(copy, push.Target("me/tiny", **yes), hub, None, lambda line: None) is not None
+    record["parts"][-1]["license"] = "MIT"
+    record["parts"][0]["found"] = ["CC-BY-NC-ND-4.0"]
+    (copy / "provenance.json").write_text(json.dumps(record | {"license": "CC-BY-NC-ND-4.0"}))
+    for name in ("README.md", "config.json"):
+        text = (copy / name).read_text()
+        (copy / name).write_text(
+            text.replace("cc-by-nc-4.0", "cc-by-nc-nd-4.0").replace("CC-BY-NC-4.0", "CC-BY-NC-ND-4.0")
+        )
+    with pytest.raises(CheckpointError, match=r"CC-BY-NC-ND-4\.0, which does not allow to pass on"):
+        push.push(copy, push.Target("me/tiny", public=True, **yes), hub)
 
 
 def test_a_failed_upload_says_how_to_go_on(research: tuple[Path, licence.Licences]) -> None:
