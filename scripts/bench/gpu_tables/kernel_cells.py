@@ -33,7 +33,7 @@ class Case:
 
     leaves: makes fresh inputs that need a gradient, in fp32. run: functions of the leaves by provider; a text where the
     provider has none, with the reason. reference: fp64 outputs and gradients, given the leaves and the cotangents.
-    bytes, flop: the least that must be moved, or multiplied, in (forward, backward); the larger need is the ceiling's.
+    bytes, flop: the least that must be moved, or multiplied, in (forward, backward); one of the two is given.
     """
 
     leaves: Callable[[torch.Generator], list[Tensor]]
@@ -41,6 +41,7 @@ class Case:
     reference: Callable[..., tuple[list[Tensor], list[Tensor]]]
     bytes: tuple[float, float] = (0.0, 0.0)
     flop: tuple[float, float] = (0.0, 0.0)
+    arrange: Callable[[list[Tensor]], list[Tensor]] = list  # puts leaves where the model has them, by strides
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
@@ -206,39 +207,45 @@ def _norm_rope(sizes: tuple[int, ...], what: str, device: str) -> Case:
     angles = torch.rand(rows, head_size // 2, device=device, generator=torch.Generator(device).manual_seed(6)) * 6
     angles = torch.cat((angles, angles), dim=1)
     plain = load("norm_rope", "torch")
-    parts = 3 if what == "norm" else 1  # the tower's q is a third of a packed row
+
+    tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def turn(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, ready in the type that is timed, as in the model; rounded alike for all types."""
+        if dtype not in tables:
+            tables[dtype] = (angles.cos().bfloat16().to(dtype), angles.sin().bfloat16().to(dtype))
+        return tables[dtype]
 
     def of(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Cosines and sines ready in the type that is timed, as in the model."""
-        tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-
         def run(x: Tensor, *w: Tensor) -> Tensor:
-            if not w and x.dtype not in tables:
-                tables[x.dtype] = (angles.cos().bfloat16().to(x.dtype), angles.sin().bfloat16().to(x.dtype))
-            turn = (None, None) if w else tables[x.dtype]
-            part: Tensor = function(x[:, :width], w[0] if w else None, *turn, head_size, 1e-6)
+            part: Tensor = function(x, w[0] if w else None, *((None, None) if w else turn(x.dtype)), head_size, 1e-6)
             return part
 
         return run
 
     def liger() -> Callable[..., Any]:
         if what == "norm":
-            return lambda x, w: _liger_norm(x[:, :width].contiguous(), w)
+            return lambda x, w: _liger_norm(x.contiguous(), w)
         from liger_kernel.ops.rope import LigerRopeFunction
-
-        tables = (angles.cos().bfloat16().unsqueeze(0), angles.sin().bfloat16().unsqueeze(0))  # [1, rows, H]
 
         def run(x: Tensor) -> Tensor:
             q = x.view(1, rows, heads, head_size).transpose(1, 2)  # [1, N, rows, H]
-            k = q[:, :1].detach()  # it turns both; one head of keys is a twenty-eighth more
-            turned, _ = LigerRopeFunction.apply(q.clone(), k.clone(), *tables)  # it writes over its input
+            k = q[:, :1].detach()  # it turns both; one head of keys is little more
+            cos, sin = turn(x.dtype)
+            # it writes over its input
+            turned, _ = LigerRopeFunction.apply(q.clone(), k.clone(), cos.unsqueeze(0), sin.unsqueeze(0))
             return turned.transpose(1, 2).reshape(rows, width)
 
         return run
 
+    def arrange(leaves: list[Tensor]) -> list[Tensor]:
+        """The tower's q is a third of a packed row."""
+        packed = leaves[0].new_empty(rows, 3 * width)[:, :width].copy_(leaves[0])
+        return [packed, *leaves[1:]]
+
     number = 2.0 * rows * width
     return Case(
-        lambda g: [_randn(g, rows, parts * width)] + ([1 + _randn(g, width) / 4] if what == "norm" else []),
+        lambda g: [_randn(g, rows, width)] + ([1 + _randn(g, width) / 4] if what == "norm" else []),
         {
             "eager": of(plain),
             "torch.compile": of(plain),
@@ -246,8 +253,8 @@ def _norm_rope(sizes: tuple[int, ...], what: str, device: str) -> Case:
             "ours": _provider("norm_rope", "ours", device, lambda: of(load("norm_rope", "triton"))),
         },
         _plain(of(plain)),
-        # the gradient of a part of a packed row is written into zeros of the whole, by all providers alike
-        bytes=(2 * number, (3 if what == "norm" else 2) * number + (4 * number if parts == 3 else 0)),
+        bytes=(2 * number, (3 if what == "norm" else 2) * number),
+        arrange=arrange if what == "norm" else list,
     )
 
 
@@ -330,7 +337,9 @@ _MAKERS: dict[str, Callable[..., Case]] = {
 
 def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """On a CPU without Inductor, whose C++ compiler takes longer than the bench: the harness alone is meant there."""
-    made: Callable[..., Any] = torch.compile(function, backend="inductor" if device == "cuda" else "aot_eager")
+    torch.compiler.reset()  # or the shapes of the case before would make it compile for shapes that vary
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    made: Callable[..., Any] = torch.compile(function, backend=backend, dynamic=False)
     return made
 
 
@@ -348,7 +357,7 @@ def check(case: Case, functions: dict[str, Callable[..., Any]], device: str, dty
     cotangents: list[Tensor] = []
 
     def one(function: Callable[..., Any]) -> dict[str, Any]:
-        own = [leaf.clone().requires_grad_() for leaf in leaves]
+        own = [leaf.requires_grad_() for leaf in case.arrange([leaf.clone() for leaf in leaves])]
         outs = as_list(function(*own))
         if not exact:
             for out in outs:  # of a loss the training's own, 1
@@ -399,7 +408,7 @@ def measure(name: str, device: str) -> dict[str, Any]:
 
 def _timed(case: Case, functions: dict[str, Callable[..., Any]], device: str, dtype: torch.dtype) -> dict[str, Any]:
     generator = torch.Generator(device).manual_seed(12)
-    leaves = [leaf.to(dtype).requires_grad_() for leaf in case.leaves(generator)]
+    leaves = [leaf.requires_grad_() for leaf in case.arrange([leaf.to(dtype) for leaf in case.leaves(generator)])]
     timer, cuda = Timer(device), device == "cuda"
     times: dict[str, dict[str, list[float]]] = {n: {"forward": [], "backward": [], "both": []} for n in functions}
     peaks: dict[str, float | None] = {}

@@ -47,7 +47,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
             "Five tables about the speed of training on one GPU: 1 ceilings, 2 kernels, 3 whole steps beside the "
             "peer's way,\n4 NVLM-D, -X and -H, 5 memory; and the goals, each met, not met or not measured.\n\n"
             "A call ends within --limit-s. The same command goes on with what is left (of this day, GPU and code), "
-            "also after\nan interruption. Exit status: 0 all measured, 3 cells are left, 2 cannot run here."
+            "also after\nan interruption. Exit status: 0 all measured, 3 cells are left, 1 some failed,\n2 cannot run here."
         ),
         epilog="example: until scripts/bench/gpu --out scripts/bench/results; do test $? -eq 3 || break; done",
     )
@@ -291,10 +291,13 @@ def main(arguments: list[str] | None = None) -> int:
         replace(results.page, report.render(results.run))
         print(report.render(results.run, args.tables))
         left = sum(results.wanted(cell["key"]) for cell in cells)
+        failed = [cell["key"] for cell in cells if results.cells.get(cell["key"], {}).get("status") == FAILED]
         say(f"results: {results.page}")
         if left:
             say(f"{left} of {len(cells)} cells are left: run the same command again, it goes on from here")
-        return 130 if interrupted else CELLS_LEFT if left else 0
+        if failed:
+            say(f"failed: {', '.join(failed)}; the log says why, --retry-failed runs them again")
+        return 130 if interrupted else CELLS_LEFT if left else int(bool(failed))
     except NvlmError as error:
         say(f"error: {error}")
         return 2

@@ -73,13 +73,14 @@ class Peer(nn.Module):
 
     def __init__(self, config: schema.Model, attention: str) -> None:
         super().__init__()
-        from transformers import Qwen2Config, Qwen2ForCausalLM
+        from transformers import Qwen2Config, Qwen2ForCausalLM, __version__
 
         lm = config.language_model
         own = lm.model_dump(exclude={"preset", "rope_theta"})
-        made = Qwen2Config(
-            **own, rope_parameters={"rope_type": "default", "rope_theta": lm.rope_theta}, use_cache=False
-        )
+        rope: dict[str, Any] = {"rope_theta": lm.rope_theta}
+        if int(__version__.split(".")[0]) >= 5:
+            rope = {"rope_parameters": {"rope_type": "default", **rope}}
+        made = Qwen2Config(**own, **rope, use_cache=False)
         made._attn_implementation = attention
         self.projector = Projector(config, "torch")
         self.language_model = Qwen2ForCausalLM(made)

@@ -241,6 +241,8 @@ def measure_step(cell: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
             return step.train(recipe, rank, made, step_data(batch, number), batch.num_trained_tokens, clock)
 
     build_s = time.monotonic() - begun
+    if rank.device.type == "cuda":
+        peak = Peak(rank.device)  # of steps alone
     times: list[float] = []
     losses: list[float] = []
     norms: list[float] = []

@@ -177,7 +177,8 @@ def main() -> int:
     if task["device"] == "cpu":
         torch.set_num_threads(task.get("threads") or 1)
     work(task, answer)
-    return 0
+    out.flush()
+    os._exit(0)  # communicators of a GPU may take long to end, and nothing is left to do
 
 
 if __name__ == "__main__":
