@@ -47,7 +47,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
             "Five tables about the speed of training on one GPU: 1 ceilings, 2 kernels, 3 whole steps beside the "
             "peer's way,\n4 NVLM-D, -X and -H, 5 memory; and the goals, each met, not met or not measured.\n\n"
             "A call ends within --limit-s. The same command goes on with what is left (of this day, GPU and code), "
-            "also after\nan interruption. Exit status: 0 all measured, 3 cells are left, 1 some failed,\n2 cannot run here."
+            "also after\nan interruption. Exit status: 0 all measured, 3 cells are left, 1 some failed, "
+            "2 cannot run here."
         ),
         epilog="example: until scripts/bench/gpu --out scripts/bench/results; do test $? -eq 3 || break; done",
     )
