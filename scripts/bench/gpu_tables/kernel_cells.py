@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -325,6 +326,51 @@ def _shuffle_layer_norm(sizes: tuple[int, ...], _: Any, device: str) -> Case:
     )
 
 
+def _attention(sizes: tuple[int, ...], lengths: tuple[tuple[int, int], ...], device: str) -> Case:
+    """lengths: (queries, rows) of each segment or run; where both are equal everywhere, it is causal self-attention."""
+    heads, groups, head_size = sizes
+    own = all(queries == rows for queries, rows in lengths)
+    op = "attention" if own else "cross_attention"
+    queries, rows = ([pair[side] for pair in lengths] for side in (0, 1))
+    cu_queries, cu_rows = (
+        torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device) for counts in (queries, rows)
+    )
+
+    def of(function: Callable[..., Any]) -> Callable[..., Any]:
+        if own:
+            return lambda q, k, v: function(
+                q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), cu_queries, max(queries), causal=True
+            )[0]
+        return lambda q, k, v: function(q, k, v, cu_queries, cu_rows, max(queries), max(rows))
+
+    def reference(leaves: list[Tensor], cotangents: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Segment by segment: scores of one fit in fp64."""
+        outs, grads = [], []
+        pieces = [x.detach().double().split(n) for x, n in zip(leaves, (queries, rows, rows), strict=True)]
+        for q, k, v, given in zip(*pieces, cotangents[0].double().split(queries), strict=True):
+            q, k, v = one = [x.unsqueeze(0).transpose(1, 2).requires_grad_() for x in (q, k, v)]  # [1, heads, L, H]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=own, enable_gqa=heads != groups).transpose(1, 2)[0]
+            grads.append([g.transpose(1, 2)[0] for g in torch.autograd.grad(out, one, given)])
+            outs.append(out.detach())
+        return [torch.cat(outs)], [torch.cat(parts) for parts in zip(*grads, strict=True)]
+
+    obstacle = KERNELS[op]["varlen"].obstacle(device)
+    product = 4.0 * heads * head_size * sum(q * r for q, r in lengths) / (2 if own else 1)
+    return Case(
+        lambda g: [
+            _randn(g, sum(n), count, head_size) for n, count in ((queries, heads), (rows, groups), (rows, groups))
+        ],
+        {
+            "eager": of(load(op, "torch")),
+            "torch.compile": "lengths are read on the host",
+            "liger": "it has no such op",
+            "ours": of(load(op, "varlen")) if obstacle is None else obstacle,
+        },
+        reference,
+        flop=(product, 2.5 * product),
+    )
+
+
 _MAKERS: dict[str, Callable[..., Case]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "rms_norm": _rms_norm,
@@ -332,6 +378,7 @@ _MAKERS: dict[str, Callable[..., Case]] = {
     "norm_rope": _norm_rope,
     "splice": _splice,
     "shuffle_layer_norm": _shuffle_layer_norm,
+    "attention": _attention,
 }
 
 
