@@ -247,7 +247,7 @@ def kernel(ours: float, other: float, amount: str = "bytes") -> dict[str, Any]:
 def step_cell(took: float, decoder: str = "7b", peak: float = 100.0) -> dict[str, Any]:
     values = {"times": [took] * 3, "ms": {}, "tokens": 16384, "tiles": 28, "positions": 16384, "flop": 990e12,
               "flop_without_tower": 660e12, "peak": peak, "predicted": {"total": 95.0}, "loss": 1.0, "note": "",
-              "recompute": "none", "decoder": decoder}  # fmt: skip
+              "recompute": "none", "decoder": decoder, "parts": {"vision": 300.0}}  # fmt: skip
     return {"status": "done", "values": values}
 
 
@@ -283,6 +283,8 @@ def test_goals_are_met_not_met_or_not_measured() -> None:
 
     at_3b = verdicts({"3/7b/ours/1": step_cell(1900.0, "3b"), "3/7b/peer/1": step_cell(2900.0, "3b", peak=200.0)})
     assert at_3b[step_goal] == ("not measured", "not at 7B; at 3B: 1.53 times as fast")
+    cells["3/7b/peer/1"]["values"]["loss"] = 1.02
+    assert verdicts(cells)[step_goal] == ("not measured", "first losses differ")
     assert at_3b["memory predicted within 10 %"][0] == "met"  # the peer's is not predicted
     assert {verdict for verdict, _ in verdicts(cells, device="cpu").values()} == {"not measured"}
 

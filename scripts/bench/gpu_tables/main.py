@@ -220,6 +220,9 @@ def measure(
                 cell = next(cell for cell in todo if cell["key"] == message["key"])
                 begun = None
                 if message["status"] == OUT_OF_MEMORY and _lighter(cell):
+                    for other in todo:  # rounds of one row and provider are alike
+                        if other["key"].rpartition("/")[0] == cell["key"].rpartition("/")[0]:
+                            other["recompute"] = cell["recompute"]
                     say(f"    out of memory; again with recompute {cell['recompute']}")
                     break  # in a new process
                 say(f"    {_brief(message)}")

@@ -11,6 +11,7 @@ MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
 PROVIDERS = ("eager", "torch.compile", "liger", "ours")
 STEP_PROVIDERS = {"ours": "ours", "torch": "ours, kernels: torch", "peer": "the peer's way"}
 ARCHITECTURES = ("nvlm_d", "nvlm_x", "nvlm_h")
+SAME_LOSS = 0.01  # share by which two first losses of one model in bf16 may differ
 GEMM_CEILING, COPY_CEILING = "1/gemm 8192x8192x8192", "1/copy"
 
 
@@ -172,7 +173,8 @@ def _step_row(run: dict[str, Any], prefix: str, names: list[str]) -> list[str]:
     def share(value: float | None) -> str:
         return "n/a (peak not known)" if value is None else f"{value:.1%}"
 
-    about = [own["note"], f"recompute {own['recompute']}", own.get("peer", "")]
+    parts = ", ".join(f"{part} {value:.0f}" for part, value in own["parts"].items())
+    about = [own["note"], f"recompute {own['recompute']}", own.get("peer", ""), f"ms: {parts}" if parts else ""]
     if padding:
         about.append(f"{padding:.0%} of positions are padding")
     return [
@@ -263,11 +265,18 @@ def goals(run: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _goals(run: dict[str, Any]) -> list[tuple[str, str, str]]:
     found = []
     ours, peer = summary(run, "3/7b/ours/"), summary(run, "3/7b/peer/")
-    speedup = peer["median"] / ours["median"] if ours and peer else None
+    same = bool(ours and peer and abs(ours["loss"] - peer["loss"]) <= SAME_LOSS * abs(peer["loss"]))
+    speedup = peer["median"] / ours["median"] if ours and peer and same else None
     is_7b = ours is not None and ours["decoder"] == "7b"
     other = "" if ours is None or is_7b else f"not at 7B; at {ours['decoder'].upper()}: "
     text = "a step at the 7B shape takes at most 1 / 1.5 of the peer's way's time"
-    shown = f"{other}{speedup:.2f} times as fast" if speedup else "a side is missing"
+    shown = (
+        f"{other}{speedup:.2f} times as fast"
+        if speedup
+        else "first losses differ"
+        if ours and peer
+        else "a side is missing"
+    )
     found.append(_goal(text, speedup if is_7b else None, 1.5, "{:.2f} times as fast", shown))
     share = ours["mfu"] if ours else None
     shown = f"{other}{share:.1%}" if share else "not run"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import resource
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -246,17 +248,23 @@ def measure_step(cell: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
     times: list[float] = []
     losses: list[float] = []
     norms: list[float] = []
+    parts: dict[str, list[float]] = {}  # of ours
     for number in range(WARM[device] + STEPS[device]):
         taken, (found, norm) = timed(rank.device.type == "cuda", lambda number=number: run(number))
         losses.append(sum(found) / batch.num_trained_tokens)
         norms.append(norm)
-        clock.take()
+        if not math.isfinite(losses[-1] + norm):  # the engine left the step out, so it took less than a step
+            raise ValueError(f"step {number + 1}: loss {losses[-1]}, gradient norm {norm}; it is no measurement")
+        own_parts = clock.take()
         if number >= WARM[device]:
             times.append(taken)
+            for part, seconds in own_parts.items():
+                parts.setdefault(part, []).append(seconds * 1e3)
     whole, without_tower = shapes.operations(recipe, device)
     return {
         "ms": spread(times),
         "times": times,
+        "parts": {part: statistics.median(values) for part, values in parts.items()},
         "tokens": batch.input_ids.numel(),
         "trained_tokens": batch.num_trained_tokens,
         "samples": len(batch.cu_seqlens) - 1,
