@@ -140,22 +140,24 @@ def fit(row: str, device: str, memory: int | None, implementation: str | None) -
     for decoder, name in tries:
         for recompute in RECOMPUTE:
             if fits(decoder, name, layers, recompute):
-                return _fitted(row, decoder, name, layers, recompute, known)
+                return _fitted(device, row, decoder, name, layers, recompute, known)
     decoder, name = tries[-1]
     fewer = next((n for n in range(layers - 1, 0, -1) if fits(decoder, name, n, "full")), 1)
-    return _fitted(row, decoder, name, fewer, "full", known)
+    return _fitted(device, row, decoder, name, fewer, "full", known)
 
 
 def _fitted(
-    row: str, decoder: str, name: str | None, layers: int, recompute: str, known: tuple[str, ...]
+    device: str, row: str, decoder: str, name: str | None, layers: int, recompute: str, known: tuple[str, ...]
 ) -> dict[str, Any]:
     notes = []
     if decoder != row:
         lack = "with any optimizer of this version" if known else "with fp32 masters and moments, the only ones here"
         notes.append(f"a {decoder.upper()} shape, because {row.upper()} does not fit this device {lack}")
     notes.append(f"optimizer {name or 'AdamW, fp32 masters and moments'}")
-    if layers != VISION["cuda"]["num_hidden_layers"]:
-        notes.append(f"{layers} of 45 layers of the tower")
+    if layers != VISION[device]["num_hidden_layers"]:
+        notes.append(f"{layers} of {VISION[device]['num_hidden_layers']} layers of the tower")
+    if device == "cpu":
+        notes.append("tiny sizes")
     return {
         "decoder": decoder,
         "implementation": name,
