@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -12,8 +13,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from gpu_tables import kernel_cells, main, report, results, shapes, worker
-from nvlm_train.model.flops import vision_forward_flops
+from gpu_tables import kernel_cells, main, report, results, shapes, step_cells, worker
+from nvlm_train.model.flops import count_parameters, vision_forward_flops
 
 ABOUT = {"date": "2026-11-26", "device": "cuda", "gpu": "NVIDIA H200", "commit": "abc", "dirty": False,
          "versions": {"torch": "2"}, "memory": 150 * 10**9}  # fmt: skip
@@ -219,6 +220,24 @@ def test_the_providers_take_turns() -> None:
     assert keys[:3] == ["3/1.5b/ours/1", "3/1.5b/torch/1", "3/1.5b/peer/1"]
     assert keys[6:9] == ["3/1.5b/torch/2", "3/1.5b/peer/2", "3/1.5b/ours/2"]
     assert keys[12:15] == ["4/nvlm_d/ours/1", "4/nvlm_x/ours/1", "4/nvlm_h/ours/1"] and len(set(keys)) == 18
+
+
+@pytest.mark.parametrize("architecture", ["nvlm_d", "nvlm_x", "nvlm_h"])
+def test_the_step_at_full_size(architecture: str) -> None:
+    """Sizes alone: every parameter gets a value, every image token has one place, the same text is trained in all."""
+    recipe = shapes.make_recipe("cuda", "7b", architecture=architecture)
+    wanted = step_cells.shapes_of(recipe)
+    assert sum(math.prod(shape) for shape in wanted.values()) == sum(count_parameters(recipe.model).values())
+    batch = step_cells.make_batch(recipe, "cuda")
+    assert tuple(batch.tiles.shape) == (28, 3, 448, 448) and batch.num_trained_tokens == 3627
+    slots = batch.image_slots[batch.image_slots >= 0].tolist()
+    if batch.memory is not None:
+        assert batch.memory.max_queries <= batch.max_seqlen
+        slots += batch.memory.slots[batch.memory.slots >= 0].tolist()
+        text = batch.cu_seqlens[4:6].tolist()  # the fifth sample has no picture: nothing of it reads
+        reads = batch.memory.query_rows
+        assert not ((reads >= text[0]) & (reads < text[1])).any()
+    assert sorted(slots) == ([] if architecture == "nvlm_x" else list(range(28 * 256)))
 
 
 def test_the_spread() -> None:

@@ -407,9 +407,11 @@ def check(case: Case, functions: dict[str, Callable[..., Any]], device: str, dty
         own = [leaf.requires_grad_() for leaf in case.arrange([leaf.clone() for leaf in leaves])]
         outs = as_list(function(*own))
         if not exact:
-            for out in outs:  # of a loss the training's own, 1
-                random = torch.randn(out.shape, generator=generator, device=device).to(dtype)
-                cotangents.append(random if out.dim() else torch.ones((), device=device))
+            for out in outs:
+                # Half the output is in it, so that the gradient of a gate, a sum over all entries, does not cancel out;
+                # of a loss the training's own, 1.
+                random = torch.randn(out.shape, generator=generator, device=device) + out.detach() / 2
+                cotangents.append(random.to(dtype) if out.dim() else torch.ones((), device=device))
             for tensors in case.reference(leaves, cotangents):
                 exact.extend(tensors)
         grads = torch.autograd.grad(outs, own, fitting(cotangents, outs))
