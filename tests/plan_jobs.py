@@ -63,6 +63,16 @@ def measure(
     return out
 
 
+def kept(*, rank: int, world_size: int, values: dict[str, Any], tokens: int) -> tuple[int, int]:
+    """`test_plan.kept_by_autograd` with our Triton kernels, run by the interpreter."""
+    import pytest
+
+    from test_plan import kept_by_autograd
+
+    with pytest.MonkeyPatch.context() as patch:
+        return kept_by_autograd(Recipe.model_validate(values), tokens, patch, "triton")
+
+
 @contextmanager
 def counted() -> Iterator[tuple[Counter[str], Counter[str]]]:
     """Bytes of the whole tensors that go through DeepSpeed's collectives, by kind; and gathers by parameter's name."""
