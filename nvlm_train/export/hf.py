@@ -329,6 +329,7 @@ def processor_config(
         "architecture": model.architecture,
         "auto_map": {"AutoProcessor": "processing_nvlm.NVLM_Processor"},
         "bos_token": BOS if yi else None,
+        "decode": recipe["data"].get("decode", "exact"),
         "image_mean": IMAGE_MEAN,
         "image_std": IMAGE_STD,
         "image_token": image_token,
@@ -342,6 +343,8 @@ def processor_config(
         "tile_size": model.vision.image_size,
         "tile_tags": tiling["tags"],
     }
+    rgb = {"alpha": "ignore", "exif": "ignore", "sixteen_bit": "clip"}
+    settings |= {key: recipe["data"].get(key, default) for key, default in rgb.items()}
     if model.architecture != "nvlm_d":
         settings["text_reads"] = model.cross_attention.text_reads
         in_sequence = model.architecture == "nvlm_h"

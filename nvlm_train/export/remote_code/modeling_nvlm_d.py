@@ -243,7 +243,9 @@ class NVLM_D_Model(PreTrainedModel, GenerationMixin):
     def extract_feature(self, pixel_values: Tensor) -> Tensor:
         """Normalised tiles [T, 3, px, px] to image tokens [T, Q, D]."""
         weight = self.vision_model.embeddings.class_embedding
-        features = self.vision_model(pixel_values.to(weight.device, weight.dtype))  # [T, P, E]
+        if weight.device.type != "meta":  # offloaded: what brings the weights moves the input too
+            pixel_values = pixel_values.to(weight.device)
+        features = self.vision_model(pixel_values.to(weight.dtype))  # [T, P, E]
         return self.mlp1(pixel_shuffle(features))  # [T, Q, D]
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
@@ -323,9 +325,10 @@ class NVLM_D_Model(PreTrainedModel, GenerationMixin):
             places = (input_ids == self.config.image_token_id).unsqueeze(-1)
             embeddings = self.get_input_embeddings()(input_ids)
             embeddings = embeddings.masked_scatter(places, visual_features.to(embeddings))
+        self.language_model.generation_config = self.generation_config  # the folder's, and what was set here
         return self.language_model.generate(
             inputs_embeds=embeddings,
             attention_mask=attention_mask,
-            generation_config=generation_config or self.generation_config,
+            generation_config=generation_config,
             **kwargs,
         )

@@ -297,9 +297,10 @@ class NVLM_X_Model(NVLM_D_Model):
             attention_mask = torch.ones_like(input_ids)
         input_ids, attention_mask = to_the_left(input_ids, attention_mask)
         prepared = self.prepare(input_ids, attention_mask, pixel_values, reads, memory_tiles, memory_tags)
+        self.language_model.generation_config = self.generation_config  # the folder's, and what was set here
         return self.language_model.generate(
             attention_mask=attention_mask,
-            generation_config=generation_config or self.generation_config,
+            generation_config=generation_config,
             **prepared,
             **kwargs,
         )
