@@ -198,7 +198,7 @@ class NVLM_D_Model(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["VisionLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["Embeddings", "VisionLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer"]
     _skip_keys_device_placement = "past_key_values"
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -322,9 +322,7 @@ class NVLM_D_Model(PreTrainedModel, GenerationMixin):
         if visual_features is None:
             embeddings = self.embed(input_ids, pixel_values)
         else:
-            places = (input_ids == self.config.image_token_id).unsqueeze(-1)
-            embeddings = self.get_input_embeddings()(input_ids)
-            embeddings = embeddings.masked_scatter(places, visual_features.to(embeddings))
+            embeddings = self.put_images(self.get_input_embeddings()(input_ids), input_ids, visual_features)
         self.language_model.generation_config = self.generation_config  # the folder's, and what was set here
         return self.language_model.generate(
             inputs_embeds=embeddings,

@@ -133,7 +133,7 @@ class ReadingLayer:
     def _read(self, x: Tensor, memory: Memory | None, place: str) -> Tensor:
         if memory is None or not self.reader or place != self.place:
             return x
-        return self.reader[0](x, memory)
+        return self.reader[0](x, memory).to(x.device)  # the two may be on different devices
 
 
 class Qwen2ReadingLayer(ReadingLayer, Qwen2DecoderLayer):
@@ -196,7 +196,7 @@ class NVLM_X_Model(NVLM_D_Model):
 
     config_class = NVLM_X_Config
     _no_split_modules: ClassVar[list[str]] = [
-        "VisionLayer", "Qwen2ReadingLayer", "LlamaReadingLayer", "CrossAttentionLayer",
+        "Embeddings", "VisionLayer", "Qwen2ReadingLayer", "LlamaReadingLayer", "CrossAttentionLayer",
     ]  # fmt: skip
 
     def build(self, config: NVLM_X_Config) -> None:
