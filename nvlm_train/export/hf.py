@@ -336,6 +336,7 @@ def processor_config(
         "image_tokens_per_tile": (model.vision.image_size // model.vision.patch_size // 2) ** 2,
         "max_tiles": tiling["max_tiles"],
         "max_tiles_per_sample": tiling.get("max_tiles_per_sample"),
+        "processor_class": "NVLM_Processor",  # without it version 4 wants a config.json beside
         "prompt_template": tokenizer["template"],
         "system": system_text(recipe),
         "thumbnail": tiling["thumbnail"],

@@ -69,11 +69,13 @@ def processor(exported: Path) -> Any:
 @pytest.mark.parametrize("system", [None, "", "Be brief."])
 @pytest.mark.parametrize(("thumbnail", "tags"), [(True, "one_d"), (False, "one_d"), (True, "none")])
 def test_prompts_equal_the_training_stream_token_for_token(
-    tokenizer_folder: Path, template: str, system: str | None, thumbnail: bool, tags: str
+    tokenizer_folder: Path, template: str, system: str | None, thumbnail: bool, tags: str, tmp_path: Path
 ) -> None:
     changes = {"tokenizer.template": template, "tokenizer.system": system,
                "data.tiling": {"max_tiles": 6, "thumbnail": thumbnail, "tags": tags}}  # fmt: skip
-    same_prompts(make_recipe(tokenizer_folder, **changes), tokenizer_folder, tokenizer_folder)
+    recipe = make_recipe(tokenizer_folder, **changes)
+    hf._write_tokenizer(tokenizer_folder, tmp_path, recipe)
+    same_prompts(recipe, tokenizer_folder, tmp_path)
 
 
 def same_prompts(recipe: dict[str, Any], folder: Path, hf_folder: Path) -> None:

@@ -188,6 +188,12 @@ def to_the_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tens
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
+def no_tokens(embeddings: Tensor) -> Tensor:
+    """i64[B, 0], to which `generate` appends. Left to itself, version 4 puts them on the device of the first weight,
+    which is none where weights are offloaded."""
+    return torch.zeros(embeddings.shape[0], 0, dtype=torch.int64, device=embeddings.device)
+
+
 class NVLM_D_Model(PreTrainedModel, GenerationMixin):
     """The decoder-only NVLM: projected image tokens take the places of the image token in the prompt.
 
@@ -325,6 +331,7 @@ class NVLM_D_Model(PreTrainedModel, GenerationMixin):
             embeddings = self.put_images(self.get_input_embeddings()(input_ids), input_ids, visual_features)
         self.language_model.generation_config = self.generation_config  # the folder's, and what was set here
         return self.language_model.generate(
+            input_ids=no_tokens(embeddings),
             inputs_embeds=embeddings,
             attention_mask=attention_mask,
             generation_config=generation_config,

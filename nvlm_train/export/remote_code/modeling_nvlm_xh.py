@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .configuration_nvlm_xh import NVLM_H_Config, NVLM_X_Config
-from .modeling_nvlm_d import NVLM_D_Model, RMSNorm, VisionTower, projector, projector_norm, to_the_left
+from .modeling_nvlm_d import NVLM_D_Model, RMSNorm, VisionTower, no_tokens, projector, projector_norm, to_the_left
 
 Memory = tuple[Tensor, Tensor, Tensor]  # keys, values [B, C, K, M, H]; seen bool[B, S, M]
 
@@ -299,6 +299,7 @@ class NVLM_X_Model(NVLM_D_Model):
         prepared = self.prepare(input_ids, attention_mask, pixel_values, reads, memory_tiles, memory_tags)
         self.language_model.generation_config = self.generation_config  # the folder's, and what was set here
         return self.language_model.generate(
+            input_ids=no_tokens(prepared["inputs_embeds"]),
             attention_mask=attention_mask,
             generation_config=generation_config,
             **prepared,
