@@ -1,6 +1,7 @@
-"""An export used as anybody uses one, without nvlm_train: `python use_export.py FOLDER OUT`, in any transformers.
+"""An export used as anybody uses one, without nvlm_train: `python use_export.py FOLDER OUT ...`, in any transformers.
 
-Writes to OUT what came of it: tensors.safetensors (inputs, logits, answers), found.json, and the export saved again.
+Writes to each OUT what came of it: tensors.safetensors (inputs, logits, answers), found.json, and the export saved
+again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,21 @@ from PIL import Image
 from safetensors.torch import save_file
 
 SIZES = [(40, 24), (12, 12), (24, 12)]  # of 7, 1 and 3 tiles where a tile has 12 pixels and 6 are the most
+GUARDED = [False]
+
+
+def guard(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook, which cannot be taken off: while GUARDED, no network and no import of what an export must not
+    need."""
+    if not GUARDED[0]:
+        return
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind"):
+        raise AssertionError(f"the exported code used the network: {event} {arguments}")
+    if event == "import" and str(arguments[0]).split(".")[0] in ("timm", "nvlm_train"):
+        raise AssertionError(f"the exported code imports {arguments[0]}")
+
+
+sys.addaudithook(guard)
 
 
 def picture(number: int) -> Image.Image:
@@ -53,6 +69,7 @@ def load(folder: Path, **places: Any) -> tuple[Any, dict[str, list[str]]]:
 
 
 def use(folder: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model, loading = load(folder)
     tensors: dict[str, torch.Tensor] = {}
@@ -93,5 +110,6 @@ def use(folder: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
-    use(Path(sys.argv[1]), Path(sys.argv[2]))
+    GUARDED[0] = True
+    for folder, out in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        use(Path(folder), Path(out))

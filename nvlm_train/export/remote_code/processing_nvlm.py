@@ -213,6 +213,11 @@ class NVLM_Processor:
         """Writes what `from_pretrained` reads: tokenizer, settings and this file."""
         folder = Path(folder)
         self.tokenizer.save_pretrained(folder, **kwargs)
+        config = folder / "tokenizer_config.json"
+        content = json.loads(config.read_text(encoding="utf-8"))
+        if content.get("tokenizer_class") == "TokenizersBackend":  # what version 5 calls it, and version 4 knows not
+            content["tokenizer_class"] = "PreTrainedTokenizerFast"
+            config.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
         code = Path(__file__)
         if not (folder / code.name).exists() or not code.samefile(folder / code.name):
