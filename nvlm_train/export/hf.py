@@ -331,12 +331,14 @@ def processor_config(
         "architecture": model.architecture,
         "auto_map": {"AutoProcessor": "processing_nvlm.NVLM_Processor"},
         "bos_token": BOS if yi else None,
+        "decode": recipe["data"].get("decode", "exact"),
         "image_mean": IMAGE_MEAN,
         "image_std": IMAGE_STD,
         "image_token": image_token,
         "image_tokens_per_tile": (model.vision.image_size // model.vision.patch_size // 2) ** 2,
         "max_tiles": tiling["max_tiles"],
         "max_tiles_per_sample": tiling.get("max_tiles_per_sample"),
+        "processor_class": "NVLM_Processor",  # without it version 4 wants a config.json beside
         "prompt_template": tokenizer["template"],
         "system": system_text(recipe),
         "thumbnail": tiling["thumbnail"],
@@ -344,6 +346,8 @@ def processor_config(
         "tile_size": model.vision.image_size,
         "tile_tags": tiling["tags"],
     }
+    rgb = {"alpha": "ignore", "exif": "ignore", "sixteen_bit": "clip"}
+    settings |= {key: recipe["data"].get(key, default) for key, default in rgb.items()}
     if model.architecture != "nvlm_d":
         settings["text_reads"] = model.cross_attention.text_reads
         in_sequence = model.architecture == "nvlm_h"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvlm_train.data.images import ImageOptions
 from nvlm_train.errors import CheckpointError, DataError
 from nvlm_train.export.hf import export, load_exported
 from nvlm_train.export.licence import unjudged
@@ -39,6 +40,12 @@ class Answerer:
     def tokenizer(self) -> Any:
         """The folder's tokenizer."""
         return self.processor.tokenizer
+
+    @property
+    def images(self) -> ImageOptions:
+        """How training made RGB of an image file."""
+        settings = self.processor.settings if self.has_vision else {}
+        return ImageOptions(**{key: settings[key] for key in ImageOptions._fields if key in settings})
 
 
 def load_answerer(folder: str | Path) -> Answerer:
@@ -151,8 +158,10 @@ def generate_command(args: Namespace) -> int:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     paths = list(getattr(args, "image", None) or [])
-    images = [open_image(path) for path in paths]  # before the model: a wrong path shows at once
+    for path in paths:  # before the model: a wrong path shows at once
+        open_image(path)
     answerer = load_answerer(args.out)
+    images = [open_image(path, options=answerer.images) for path in paths]
     started = time.monotonic()
     [(text, ended)] = answer(answerer, [args.prompt], [images], getattr(args, "max_new_tokens", None) or 128)
     seconds = time.monotonic() - started
