@@ -122,6 +122,18 @@ def _evaluate(args: argparse.Namespace) -> int:
     return evaluate_command(args)
 
 
+def _preflight(args: argparse.Namespace) -> int:
+    from nvlm_train.train.preflight import preflight_command
+
+    return preflight_command(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from nvlm_train.report import report_command
+
+    return report_command(args)
+
+
 def _env(args: argparse.Namespace) -> int:
     found = environment()
     if args.json:
@@ -173,6 +185,17 @@ def environment() -> dict[str, str]:
 
 def _json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable report on stdout")
+
+
+def _preflight_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--limit-s", type=float, default=60.0, metavar="S", help="all checks together (default 60)")
+    parser.add_argument("--out", metavar="FILE", help="findings and failed nodes as JSON")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run directory")
+    _json_flag(parser)
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -384,6 +407,18 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help="published: 7 dummy heads behind the tower's real ones, as vLLM wants them (default of NVLM-D); unpadded: "
         "none (NVLM-X and NVLM-H have no other)",
     )
+    parser.add_argument(
+        "--license",
+        action="append",
+        metavar="[PART=]LICENCE",
+        help="licence of the exported weights, or of a part whose licence the run's recipe does not state "
+        "(data.captions=CC-BY-4.0, weights.vision=MIT); may be given several times",
+    )
+    parser.add_argument(
+        "--push", metavar="REPO", help="upload the verified export to this repository of the Hugging Face Hub, private"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: the repository is public")
+    parser.add_argument("--yes", action="store_true", help="with --push: do not ask before the upload")
     _json_flag(parser)
 
 
@@ -524,7 +559,8 @@ VERBS: dict[str, Verb] = {
     "export": Verb(
         "write a run as a Hugging Face folder, and verify it",
         _export_arguments,
-        "export runs/quickstart exports/quickstart",
+        "export runs/quickstart/2_sft exports/quickstart\n"
+        "  nvlm-train export runs/quickstart/2_sft exports/quickstart --push my-name/quickstart",
         _export,
     ),
     "verify": Verb(
@@ -544,6 +580,19 @@ VERBS: dict[str, Verb] = {
         _evaluate_arguments,
         "evaluate runs/quickstart/export --data demo/data/heldout_pairs.jsonl --json",
         _evaluate,
+    ),
+    "preflight": Verb(
+        "look at every node of an allocation before training; launched like train",
+        _preflight_arguments,
+        "preflight recipes/quickstart/2_sft.yaml\n"
+        "  srun --ntasks-per-node 8 python -m nvlm_train preflight recipes/nvlm_d_72b/2_sft.yaml --out preflight.json",
+        _preflight,
+    ),
+    "report": Verb(
+        "attempts of a run, lost time, and the share of it that moved the training forward",
+        _report_arguments,
+        "report runs/quickstart/2_sft",
+        _report,
     ),
     "env": Verb("versions, devices and launcher variables", _json_flag, "env --json", _env),
 }

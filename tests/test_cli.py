@@ -55,7 +55,7 @@ def test_the_overview_names_every_verb_and_ends_with_an_example(capsys):
         (
             ["qqq"],
             "error: nvlm-train qqq: is not a verb; use one of recipe, plan, fetch, data, train, export, verify, "
-            "generate, evaluate, env",
+            "generate, evaluate, preflight, report, env",
         ),
         (
             ["train"],

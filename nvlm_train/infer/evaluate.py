@@ -105,7 +105,8 @@ def evaluate(folder: str | Path, data: str | Path, limit: int | None = None) -> 
             rows = order[begin : begin + BATCH_ROWS]
             batch = [questions[i] for i in rows]
             images = [
-                [open_image(path, f"{path} ({question.where})") for path in question.images] for question in batch
+                [open_image(path, f"{path} ({question.where})", answerer.images) for path in question.images]
+                for question in batch
             ]
             longest = max(len(answerer.tokenizer(question.expected)["input_ids"]) for question in batch)
             found = answer(answerer, [question.messages for question in batch], images, longest + _SPARE_TOKENS)

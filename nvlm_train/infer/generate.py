@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvlm_train.data.images import ImageOptions
 from nvlm_train.errors import CheckpointError, DataError
 from nvlm_train.export.hf import export, load_exported
+from nvlm_train.export.licence import unjudged
 from nvlm_train.log import get_logger
 
 log = get_logger(__name__)
@@ -39,6 +41,12 @@ class Answerer:
         """The folder's tokenizer."""
         return self.processor.tokenizer
 
+    @property
+    def images(self) -> ImageOptions:
+        """How training made RGB of an image file."""
+        settings = self.processor.settings if self.has_vision else {}
+        return ImageOptions(**{key: settings[key] for key in ImageOptions._fields if key in settings})
+
 
 def load_answerer(folder: str | Path) -> Answerer:
     """Loads an export, a run or a plain Qwen2 folder: on a GPU as stored; without one on the CPU in fp32 (bf16 is slow
@@ -53,7 +61,7 @@ def load_answerer(folder: str | Path) -> Answerer:
 
     if is_run(folder):
         run = open_checkpoint(folder)
-        about: dict[str, Any] = {"step": run.step, "earlier_run": run.earlier_run, "continued_from": run.continued_from}
+        about: dict[str, Any] = {"step": run.step, "licences": unjudged(run.recipe)}  # nobody keeps it
         with tempfile.TemporaryDirectory() as parent:
             log.info("exporting step %d of %s for the time of loading", run.step, folder)
             return load_answerer(export(run, run.recipe, Path(parent) / folder.name, **about))
@@ -150,8 +158,10 @@ def generate_command(args: Namespace) -> int:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     paths = list(getattr(args, "image", None) or [])
-    images = [open_image(path) for path in paths]  # before the model: a wrong path shows at once
+    for path in paths:  # before the model: a wrong path shows at once
+        open_image(path)
     answerer = load_answerer(args.out)
+    images = [open_image(path, options=answerer.images) for path in paths]
     started = time.monotonic()
     [(text, ended)] = answer(answerer, [args.prompt], [images], getattr(args, "max_new_tokens", None) or 128)
     seconds = time.monotonic() - started

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from nvlm_train.batch import IGNORE_INDEX
-from nvlm_train.data import chat, tiling
+from nvlm_train.data import chat, images, tiling
 from nvlm_train.data.tokenizer import load_tokenizer
 from nvlm_train.export import hf, verify
 from nvlm_train.model.key_map import model_from_recipe
@@ -27,6 +27,7 @@ CONVERSATION: list[dict[str, Any]] = [
     {"role": "assistant", "content": [{"text": "\nseven"}]},
     {"role": "user", "content": [{"text": "and in "}, {"image": 1}, {"text": "?"}]},
 ]
+CONVERSATION_TEXT = "left <image> and <image>?"
 
 
 def as_hf(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -68,11 +69,13 @@ def processor(exported: Path) -> Any:
 @pytest.mark.parametrize("system", [None, "", "Be brief."])
 @pytest.mark.parametrize(("thumbnail", "tags"), [(True, "one_d"), (False, "one_d"), (True, "none")])
 def test_prompts_equal_the_training_stream_token_for_token(
-    tokenizer_folder: Path, template: str, system: str | None, thumbnail: bool, tags: str
+    tokenizer_folder: Path, template: str, system: str | None, thumbnail: bool, tags: str, tmp_path: Path
 ) -> None:
     changes = {"tokenizer.template": template, "tokenizer.system": system,
                "data.tiling": {"max_tiles": 6, "thumbnail": thumbnail, "tags": tags}}  # fmt: skip
-    same_prompts(make_recipe(tokenizer_folder, **changes), tokenizer_folder, tokenizer_folder)
+    recipe = make_recipe(tokenizer_folder, **changes)
+    hf._write_tokenizer(tokenizer_folder, tmp_path, recipe)
+    same_prompts(recipe, tokenizer_folder, tmp_path)
 
 
 def same_prompts(recipe: dict[str, Any], folder: Path, hf_folder: Path) -> None:
@@ -147,6 +150,9 @@ def test_tiles_equal_the_training_pipelines_on_many_sizes(processor: Any) -> Non
         for thumbnail in (True, False):
             theirs = remote.cut_tiles(image, 6, 12, thumbnail)
             assert np.array_equal(theirs, tiling.cut(image, 6, 12, thumbnail))
+        assert np.array_equal(
+            remote.cut_tiles(image, 6, 12, True, fast=True), tiling.cut(image, 6, 12, True, fast=True)
+        )
     pixels = processor("?", images=[picture(40, 24)])["pixel_values"]
     assert torch.equal(pixels, verify._normalised(torch.from_numpy(tiling.cut(picture(40, 24), 6, 12, True))))
 
@@ -176,6 +182,145 @@ def test_images_without_a_mark_come_first_and_wrong_counts_are_refused(processor
         processor("<image> <image>", images=[picture(12, 12)])
     with pytest.raises(ValueError, match="2 prompts, but images holds 1"):
         processor(["a", "b"], images=[picture(12, 12)])
+
+
+def test_files_become_rgb_as_in_training(recipe: dict[str, Any], processor: Any, tmp_path: Path) -> None:
+    """Turning marks, transparency, 16-bit greys and the resizing that the recipe says, from files and PIL images."""
+    draw = np.random.default_rng(5)
+    marks = Image.Exif()
+    marks[0x0112] = 6  # a quarter turn
+    rgba = Image.fromarray(draw.integers(0, 256, (24, 40, 4), dtype=np.uint8))
+    deep = Image.fromarray(draw.integers(0, 65536, (24, 40), dtype=np.uint16))
+    files = {"turned.jpg": picture(40, 24), "clear.png": rgba, "deep.png": deep, "palette.gif": picture(24, 40)}
+    for name, image in files.items():
+        image.save(tmp_path / name, **({"exif": marks} if name == "turned.jpg" else {}))
+    seen = set()
+    for data in (
+        {}, {"exif": "apply"}, {"alpha": "white"}, {"sixteen_bit": "scale"}, {"decode": "fast"},
+        {"exif": "apply", "alpha": "white", "sixteen_bit": "scale", "decode": "fast"},
+    ):  # fmt: skip
+        changed = {**recipe, "data": {**recipe["data"], **data}}
+        remote = type(processor)(processor.tokenizer, hf.processor_config(model_from_recipe(recipe), changed))
+        options = images.ImageOptions(**{key: value for key, value in data.items() if key != "decode"})
+        for name in files:
+            opened = images.open_image(tmp_path / name, options=options)
+            expected = verify._normalised(
+                torch.from_numpy(tiling.cut(opened, 6, 12, True, fast=data.get("decode") == "fast"))
+            )
+            with Image.open(tmp_path / name) as stored:
+                for given in (tmp_path / name, str(tmp_path / name), stored, opened):
+                    assert torch.equal(remote("?", images=given)["pixel_values"], expected), (name, data)
+            seen.add((name, expected.numpy().tobytes()))
+    assert len(seen) == 4 + 4 + 3 + 2  # its own option and decode change each; the clipped grey is white either way
+
+
+def test_any_images_in_any_batch_are_laid_out_as_in_training(
+    recipe: dict[str, Any], processor: Any, tokenizer_folder: Path
+) -> None:
+    """Random sizes, none to three images a row, brought by the messages or given beside them, both paddings."""
+    draw = random.Random(1)
+    words = load_tokenizer(tokenizer_folder)
+    tiles = Tiling.model_validate(recipe["data"]["tiling"])
+    for number in range(12):
+        rows, expected, pixels = [], [], []
+        for row in range(draw.randint(1, 4)):
+            chosen = [
+                picture(draw.randint(1, 90), draw.randint(1, 90), number + row) for _ in range(draw.randint(0, 3))
+            ]
+            parts: list[dict[str, Any]] = [{"image": k} for k in range(len(chosen))]
+            for text in ("What", " <|im_end|> in", "\n?"):
+                parts.insert(draw.randint(0, len(parts)), {"text": text})
+            messages = [{"role": "user", "content": parts}]
+            if draw.random() < 0.3:
+                messages += [{"role": "assistant", "content": [{"text": "seven"}]}]
+                messages += [{"role": "user", "content": [{"text": "sum"}]}]
+            cut = [tiling.cut(image, 6, 12, True) for image in chosen]
+            rendered = chat.render_prompt(
+                messages, [len(part) for part in cut], words, recipe["tokenizer"]["template"], tiles, 4,
+                recipe["tokenizer"]["system"],
+            )  # fmt: skip
+            pixels += cut
+            expected.append(rendered.input_ids.tolist())
+            rows.append((as_hf(messages), chosen))
+        brought = [with_images(messages, chosen) for messages, chosen in rows]
+        batches = {
+            side: processor.apply_chat_template(brought, tokenize=True, add_generation_prompt=True, padding_side=side)
+            for side in ("left", "right")
+        }
+        beside = processor([messages for messages, _ in rows], images=[chosen for _, chosen in rows])
+        assert all(torch.equal(beside[key], value) for key, value in batches["left"].items())
+        longest = max(map(len, expected))
+        for row, ids in enumerate(expected):
+            fill = [processor.tokenizer.pad_token_id] * (longest - len(ids))
+            mask = [0] * len(fill)
+            assert batches["left"]["input_ids"][row].tolist() == fill + ids
+            assert batches["right"]["input_ids"][row].tolist() == ids + fill
+            assert batches["left"]["attention_mask"][row].tolist() == mask + [1] * len(ids)
+            assert batches["right"]["attention_mask"][row].tolist() == [1] * len(ids) + mask
+        for batch in batches.values():
+            assert ("pixel_values" in batch) == bool(pixels)
+            if pixels:
+                assert torch.equal(batch["pixel_values"], verify._normalised(torch.from_numpy(np.concatenate(pixels))))
+
+
+def with_images(messages: list[dict[str, Any]], chosen: list[Image.Image]) -> list[dict[str, Any]]:
+    left = iter(chosen)
+    return [
+        {**m, "content": [{**p, "image": next(left)} if p["type"] == "image" else p for p in m["content"]]}
+        for m in messages
+    ]
+
+
+def test_a_whole_conversation_is_the_training_sample(
+    processor: Any, recipe: dict[str, Any], tokenizer_folder: Path
+) -> None:
+    found = processor.apply_chat_template(
+        with_images(as_hf(CONVERSATION[:2]), [picture(40, 24)]), tokenize=True, add_generation_prompt=False
+    )
+    sample = chat.render(
+        CONVERSATION[:2], [7], load_tokenizer(tokenizer_folder), recipe["tokenizer"]["template"],
+        Tiling.model_validate(recipe["data"]["tiling"]), 4, recipe["tokenizer"]["system"],
+    )  # fmt: skip
+    assert found["input_ids"][0].tolist() == sample.input_ids.tolist()
+
+
+def test_what_a_processor_cannot_use_is_named(processor: Any, tmp_path: Path) -> None:
+    def user(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": list(parts)}]
+
+    own = {"type": "image", "image": picture(12, 12)}
+    rendered = processor.apply_chat_template(user(own), add_generation_prompt=True)
+    assert rendered == "<|im_start|>system\nAnswer the questions.<|im_end|>\n<|im_start|>user\n<image><|im_end|>\n" \
+        "<|im_start|>assistant\n"  # fmt: skip
+    (tmp_path / "a.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    for prompt, given, message in [
+        (rendered, [picture(12, 12)], "was rendered to text"),
+        (user({"type": "video"}), None, "type 'video'; known are 'text' and 'image'"),
+        (user(own, {"type": "image"}), None, "marks 2 images and brings 1 of them, but 0 are given besides"),
+        (user(own), [picture(12, 12)], "brings 1 of them, but 1 are given besides"),
+        (user({"type": "image", "url": "https://example.com/a.png"}), None, "nothing is fetched here"),
+        ("?", [3], "an image is a int"),
+        ("?", [tmp_path / "a.eps"], "is EPS, which is not decoded"),
+        ([], None, "no prompt"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            processor(prompt, images=given)
+    with pytest.raises(ValueError, match="padding_side 'up'"):
+        processor("?", padding_side="up")
+    with pytest.raises(ValueError, match="return_tensors='pt'"):
+        processor.apply_chat_template(user(own), tokenize=True, return_tensors="np")
+
+
+def test_a_processor_saved_alone_is_loaded_again(processor: Any, tmp_path: Path) -> None:
+    import transformers
+
+    processor.save_pretrained(tmp_path / "new" / "folder")
+    again = transformers.AutoProcessor.from_pretrained(tmp_path / "new" / "folder", trust_remote_code=True)
+    assert again.settings == processor.settings and again.chat_template == processor.chat_template
+    again.save_pretrained(tmp_path / "new" / "folder")  # onto itself
+    inputs = [p(CONVERSATION_TEXT, images=[picture(40, 24), picture(12, 12)]) for p in (processor, again)]
+    assert inputs[0].keys() == inputs[1].keys() and all(torch.equal(inputs[0][k], inputs[1][k]) for k in inputs[0])
+    assert again.batch_decode([[again.image_token_id], again.tokenizer("seven")["input_ids"]]) == ["", "seven"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -318,7 +463,7 @@ def test_configuration_without_arguments_and_printing(loaded: Any) -> None:
 def test_remote_code_imports_nothing_of_ours_and_nothing_heavy() -> None:
     import ast
 
-    allowed = {"__future__", "json", "pathlib", "typing", "numpy", "torch", "PIL", "transformers"}
+    allowed = {"__future__", "json", "os", "shutil", "pathlib", "typing", "numpy", "torch", "PIL", "transformers"}
     own = {"configuration_nvlm_d", "configuration_nvlm_xh", "modeling_nvlm_d"}
     for name in hf.REMOTE_CODE:
         tree = ast.parse((Path(hf.__file__).with_name("remote_code") / name).read_text())

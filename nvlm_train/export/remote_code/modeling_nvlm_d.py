@@ -188,6 +188,12 @@ def to_the_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tens
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
+def no_tokens(embeddings: Tensor) -> Tensor:
+    """i64[B, 0], to which `generate` appends. Left to itself, version 4 puts them on the device of the first weight,
+    which is none where weights are offloaded."""
+    return torch.zeros(embeddings.shape[0], 0, dtype=torch.int64, device=embeddings.device)
+
+
 class NVLM_D_Model(PreTrainedModel, GenerationMixin):
     """The decoder-only NVLM: projected image tokens take the places of the image token in the prompt.
 
@@ -198,7 +204,7 @@ class NVLM_D_Model(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["VisionLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["Embeddings", "VisionLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer"]
     _skip_keys_device_placement = "past_key_values"
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -243,7 +249,9 @@ class NVLM_D_Model(PreTrainedModel, GenerationMixin):
     def extract_feature(self, pixel_values: Tensor) -> Tensor:
         """Normalised tiles [T, 3, px, px] to image tokens [T, Q, D]."""
         weight = self.vision_model.embeddings.class_embedding
-        features = self.vision_model(pixel_values.to(weight.device, weight.dtype))  # [T, P, E]
+        if weight.device.type != "meta":  # offloaded: what brings the weights moves the input too
+            pixel_values = pixel_values.to(weight.device)
+        features = self.vision_model(pixel_values.to(weight.dtype))  # [T, P, E]
         return self.mlp1(pixel_shuffle(features))  # [T, Q, D]
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
@@ -320,12 +328,12 @@ class NVLM_D_Model(PreTrainedModel, GenerationMixin):
         if visual_features is None:
             embeddings = self.embed(input_ids, pixel_values)
         else:
-            places = (input_ids == self.config.image_token_id).unsqueeze(-1)
-            embeddings = self.get_input_embeddings()(input_ids)
-            embeddings = embeddings.masked_scatter(places, visual_features.to(embeddings))
+            embeddings = self.put_images(self.get_input_embeddings()(input_ids), input_ids, visual_features)
+        self.language_model.generation_config = self.generation_config  # the folder's, and what was set here
         return self.language_model.generate(
+            input_ids=no_tokens(embeddings),
             inputs_embeds=embeddings,
             attention_mask=attention_mask,
-            generation_config=generation_config or self.generation_config,
+            generation_config=generation_config,
             **kwargs,
         )

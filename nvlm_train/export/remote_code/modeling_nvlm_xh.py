@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .configuration_nvlm_xh import NVLM_H_Config, NVLM_X_Config
-from .modeling_nvlm_d import NVLM_D_Model, RMSNorm, VisionTower, projector, projector_norm, to_the_left
+from .modeling_nvlm_d import NVLM_D_Model, RMSNorm, VisionTower, no_tokens, projector, projector_norm, to_the_left
 
 Memory = tuple[Tensor, Tensor, Tensor]  # keys, values [B, C, K, M, H]; seen bool[B, S, M]
 
@@ -133,7 +133,7 @@ class ReadingLayer:
     def _read(self, x: Tensor, memory: Memory | None, place: str) -> Tensor:
         if memory is None or not self.reader or place != self.place:
             return x
-        return self.reader[0](x, memory)
+        return self.reader[0](x, memory).to(x.device)  # the two may be on different devices
 
 
 class Qwen2ReadingLayer(ReadingLayer, Qwen2DecoderLayer):
@@ -196,7 +196,7 @@ class NVLM_X_Model(NVLM_D_Model):
 
     config_class = NVLM_X_Config
     _no_split_modules: ClassVar[list[str]] = [
-        "VisionLayer", "Qwen2ReadingLayer", "LlamaReadingLayer", "CrossAttentionLayer",
+        "Embeddings", "VisionLayer", "Qwen2ReadingLayer", "LlamaReadingLayer", "CrossAttentionLayer",
     ]  # fmt: skip
 
     def build(self, config: NVLM_X_Config) -> None:
@@ -297,9 +297,11 @@ class NVLM_X_Model(NVLM_D_Model):
             attention_mask = torch.ones_like(input_ids)
         input_ids, attention_mask = to_the_left(input_ids, attention_mask)
         prepared = self.prepare(input_ids, attention_mask, pixel_values, reads, memory_tiles, memory_tags)
+        self.language_model.generation_config = self.generation_config  # the folder's, and what was set here
         return self.language_model.generate(
+            input_ids=no_tokens(prepared["inputs_embeds"]),
             attention_mask=attention_mask,
-            generation_config=generation_config or self.generation_config,
+            generation_config=generation_config,
             **prepared,
             **kwargs,
         )

@@ -4,7 +4,11 @@
     processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
     inputs = processor("What is this?", images=[image])
 
-How it was trained (largest number of tiles, thumbnail, tags, template, system text) is read from processor_config.json.
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
+    inputs = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+
+How it was trained (largest number of tiles, thumbnail, tags, template, system text, how a file becomes RGB) is read
+from processor_config.json. Nothing is fetched: images are PIL images or files.
 
 Where the tiles go depends on the architecture. NVLM-D: all into the prompt, a place for each image token. NVLM-X:
 none; a tile's tag stands in the prompt and reads that tile by cross-attention. NVLM-H: an image's last tile (the
@@ -14,17 +18,49 @@ thumbnail, or its only one) into the prompt, the others with their tags into the
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 from transformers import AutoTokenizer, BatchFeature
 from transformers.utils import cached_file
 
 SETTINGS_FILE = "processor_config.json"
 MARKER = "<image>"
+RUNS_PROGRAMS = ("EPS", "WMF")  # Pillow starts a program, or the system's renderer, to decode these
+DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # modes of more than 8 bits
+
+
+def open_image(image: Any) -> Image.Image:
+    """A PIL image as it is; the file of a path. ValueError for anything else: nothing is fetched."""
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, (str, os.PathLike)):
+        raise ValueError(f"an image is a {type(image).__name__}; right would be a PIL image or the path of a file")
+    if "://" in str(image):
+        raise ValueError(f"image {str(image)[:200]!r}: nothing is fetched here; give a PIL image or the path of a file")
+    opened = Image.open(image)
+    if opened.format in RUNS_PROGRAMS:
+        raise ValueError(f"image {str(image)!r} is {opened.format}, which is not decoded; convert it to PNG")
+    return opened
+
+
+def to_rgb(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
+    """As training made RGB of it: turning marks, transparency and 16-bit greys as exif, alpha and sixteen_bit say."""
+    if settings.get("exif") == "apply" and image.format != "TIFF":  # Pillow turns TIFF files by itself
+        image = ImageOps.exif_transpose(image)
+    if settings.get("sixteen_bit") == "scale" and image.mode in DEEP:
+        values = np.asarray(image, dtype=np.float64)  # [height, width]
+        image = Image.fromarray(np.clip(values / 257.0 + 0.5, 0, 255).astype(np.uint8))
+    elif settings.get("alpha") == "white" and image.has_transparency_data:
+        drawn = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", drawn.size, (255, 255, 255, 255)), drawn)
+    return image.convert("RGB")
 
 
 def choose_grid(width: int, height: int, max_tiles: int, tile_size: int) -> tuple[int, int]:
@@ -48,6 +84,15 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     return half.resize((width, height), Image.Resampling.BICUBIC)
 
 
+def resize_fast(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The same filter in whole numbers, by torch: that of a model trained with `decode: fast`."""
+    if (width, height) == image.size:
+        return image
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)  # u8[1, 3, H, W]
+    scaled = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)  # u8[1, 3, height, width]
+    return Image.fromarray(scaled.squeeze(0).permute(1, 2, 0).contiguous().numpy())
+
+
 def shared_max_tiles(images: Any, settings: dict[str, Any]) -> int:
     """The tile maximum of each image of a prompt: the largest with which all tiles together, thumbnails counted, keep
     within max_tiles_per_sample; 1 where even that is too much."""
@@ -61,18 +106,18 @@ def shared_max_tiles(images: Any, settings: dict[str, Any]) -> int:
     return limit
 
 
-def cut_tiles(image: Image.Image, max_tiles: int, tile_size: int, thumbnail: bool) -> np.ndarray:
-    """u8[t, 3, px, px]: the image resized to its grid and cut row by row; a thumbnail of the whole comes last."""
-    image = image.convert("RGB")
+def cut_tiles(image: Image.Image, max_tiles: int, tile_size: int, thumbnail: bool, fast: bool = False) -> np.ndarray:
+    """u8[t, 3, px, px]: an RGB image resized to its grid and cut row by row; a thumbnail of the whole comes last."""
+    scale = resize_fast if fast else resize
     columns, rows = choose_grid(image.width, image.height, max_tiles, tile_size)
-    whole = resize(image, columns * tile_size, rows * tile_size)
+    whole = scale(image, columns * tile_size, rows * tile_size)
     tiles = [
         whole.crop((c * tile_size, r * tile_size, (c + 1) * tile_size, (r + 1) * tile_size))
         for r in range(rows)
         for c in range(columns)
     ]
     if thumbnail and len(tiles) > 1:
-        tiles.append(resize(image, tile_size, tile_size))
+        tiles.append(scale(image, tile_size, tile_size))
     return np.stack([np.asarray(tile) for tile in tiles]).transpose(0, 3, 1, 2)
 
 
@@ -90,11 +135,63 @@ class Tile(NamedTuple):
     behind: int
 
 
+def pad(filling: list[int], row: list[int], side: str) -> list[int]:
+    return filling + row if side == "left" else row + filling
+
+
+def as_messages(prompt: Any) -> list[dict[str, Any]]:
+    """A question as a conversation; a conversation as it is."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    if prompt.startswith(("<|im_start|>", "<|startoftext|>")):
+        raise ValueError(
+            "the prompt is a conversation that was rendered to text, which would be taken for the words of a question; "
+            "give the messages themselves"
+        )
+    return [{"role": "user", "content": prompt}]
+
+
+def parts_of(content: Any) -> list[str | None]:
+    """Texts, and None where an image stands."""
+    if isinstance(content, str):
+        return [part for text in content.split(MARKER) for part in (None, text)][1:]
+    unknown = [part.get("type") for part in content if part.get("type") not in ("text", "image")]
+    if unknown:
+        raise ValueError(f"a part of a message has the type {unknown[0]!r}; known are 'text' and 'image'")
+    return [part["text"] if part["type"] == "text" else None for part in content]
+
+
+def images_of(prompt: Any, given: list[Any]) -> list[Any]:
+    """The images of a prompt in the order of their marks: those that its parts bring, the others from `given`."""
+    own = []
+    for message in as_messages(prompt):
+        content = message["content"]
+        marks = [{}] * content.count(MARKER) if isinstance(content, str) else content
+        own += [
+            next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+            for part in marks
+            if part.get("type", "image") == "image"
+        ]
+    brought = sum(image is not None for image in own)
+    if not brought:
+        return given  # whether their number is right shows when they are laid out
+    if len(given) != len(own) - brought:
+        raise ValueError(
+            f"the conversation marks {len(own)} images and brings {brought} of them, but {len(given)} are given besides"
+        )
+    rest = iter(given)
+    return [next(rest) if image is None else image for image in own]
+
+
 class NVLM_Processor:
-    """Tokenizer, tiling and prompt format in one. Rows are padded on the left, ready for `generate`."""
+    """Tokenizer, tiling and prompt format in one.
+
+    Rows are padded on the left, as decoders want it that generate; `padding_side` here or on the tokenizer changes it.
+    """
 
     def __init__(self, tokenizer: Any, settings: dict[str, Any]) -> None:
         self.tokenizer = tokenizer
+        self.tokenizer.padding_side = "left"
         self.settings = settings
         self.architecture = settings.get("architecture", "nvlm_d")
         self.image_token_id = tokenizer.convert_tokens_to_ids(settings["image_token"])
@@ -102,54 +199,121 @@ class NVLM_Processor:
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> NVLM_Processor:
         """Reads the tokenizer and processor_config.json of a folder or a Hub repository."""
-        kwargs.pop("_from_auto", None)
         trust = kwargs.pop("trust_remote_code", None)
-        where = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+        names = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
+        where = {key: kwargs[key] for key in names if kwargs.get(key) is not None}
         settings = json.loads(Path(cached_file(path, SETTINGS_FILE, **where)).read_text(encoding="utf-8"))
         return cls(AutoTokenizer.from_pretrained(path, trust_remote_code=trust, **where), settings)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
-        """AutoProcessor calls this; the file travels with the export, nothing is left to do."""
+        """AutoProcessor calls this; `save_pretrained` copies the code anyway."""
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes tokenizer and settings; the code itself is copied by the model's save_pretrained."""
-        self.tokenizer.save_pretrained(folder)
-        (Path(folder) / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Writes what `from_pretrained` reads: tokenizer, settings and this file."""
+        folder = Path(folder)
+        self.tokenizer.save_pretrained(folder, **kwargs)
+        config = folder / "tokenizer_config.json"
+        content = json.loads(config.read_text(encoding="utf-8"))
+        if content.get("tokenizer_class") == "TokenizersBackend":  # what version 5 calls it, and version 4 knows not
+            content["tokenizer_class"] = "PreTrainedTokenizerFast"
+            config.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        code = Path(__file__)
+        if not (folder / code.name).exists() or not code.samefile(folder / code.name):
+            shutil.copyfile(code, folder / code.name)
 
-    def __call__(self, prompts: Any, images: Any = None, system: str | None = None) -> BatchFeature:
+    @property
+    def chat_template(self) -> str | None:
+        """The tokenizer's: for text, and to look at."""
+        return self.tokenizer.chat_template
+
+    def __call__(
+        self,
+        prompts: Any,
+        images: Any = None,
+        system: str | None = None,
+        *,
+        padding_side: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> BatchFeature:
         """input_ids i64[B, S], attention_mask i64[B, S] and, where there are images, pixel_values f32[T, 3, px, px];
         for NVLM-X and NVLM-H also what `_memory` says.
 
         prompts: a question; a conversation, [{"role", "content"}] with text content in which `<image>` marks an
-        image, or with parts [{"type": "text", "text": ...}, {"type": "image"}]; or a list of either.
+        image, or with parts [{"type": "text", "text": ...}, {"type": "image"}]; or a list of either. A part may bring
+        its image, {"type": "image", "image": PIL image or path}; the others are taken from images in order.
         images: for one prompt an image or a list of them, for several a list with an entry (None, image or list) each.
-        Images without a mark come first, one to a line. system: replaces the system text of training.
+        Where nothing is marked they come first, one to a line.
+        system: replaces the system text of training; "" leaves it out.
+        add_generation_prompt: whether the header of the answer follows, as `generate` needs it.
+
+        Raises ValueError for prompts and images that do not fit together.
         """
-        several = isinstance(prompts, list) and not (prompts and isinstance(prompts[0], dict))
-        rows = prompts if several else [prompts]
+        several = isinstance(prompts, (list, tuple)) and not (prompts and isinstance(prompts[0], dict))
+        rows = list(prompts) if several else [prompts]
         of_row = ([None] * len(rows) if images is None else list(images)) if several else [images]
+        if not rows:
+            raise ValueError("no prompt given")
         if len(of_row) != len(rows):
             raise ValueError(f"{len(rows)} prompts, but images holds {len(of_row)} entries; give one for each prompt")
+        side = padding_side or self.tokenizer.padding_side
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side {side!r} is neither 'left' nor 'right'")
         encoded, pixels = [], []
         for prompt, own in zip(rows, of_row):  # noqa: B905 (lengths compared above; Python 3.9 knows no strict)
-            own = [] if own is None else own if isinstance(own, (list, tuple)) else [own]
-            limit = shared_max_tiles(own, self.settings) if own else 1
-            cut = [cut_tiles(i, limit, self.settings["tile_size"], self.settings["thumbnail"]) for i in own]
-            encoded.append(self.lay_out(prompt, [len(part) for part in cut], system))
+            given = [] if own is None else list(own) if isinstance(own, (list, tuple)) else [own]
+            opened = [to_rgb(open_image(image), self.settings) for image in images_of(prompt, given)]
+            cut = self.cut(opened)
+            encoded.append(self.lay_out(prompt, [len(part) for part in cut], system, add_generation_prompt))
             pixels += cut
         longest = max(len(ids) for ids, _ in encoded)
-        pad = self.tokenizer.pad_token_id
         data = {
-            "input_ids": torch.tensor([[pad] * (longest - len(ids)) + ids for ids, _ in encoded]),
-            "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in encoded]),
+            "input_ids": [pad([self.tokenizer.pad_token_id] * (longest - len(ids)), ids, side) for ids, _ in encoded],
+            "attention_mask": [pad([0] * (longest - len(ids)), [1] * len(ids), side) for ids, _ in encoded],
         }
+        data = {name: torch.tensor(values) for name, values in data.items()}
         if pixels:
             mean, std = (torch.tensor(self.settings[key]).reshape(1, 3, 1, 1) for key in ("image_mean", "image_std"))
             data["pixel_values"] = (torch.from_numpy(np.concatenate(pixels)).float() / 255 - mean) / std
             if self.architecture != "nvlm_d":
                 data.update(self._memory([tiles for _, tiles in encoded]))
         return BatchFeature(data)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        images: Any = None,
+        *,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        return_dict: bool = True,
+        return_tensors: str = "pt",
+        padding: bool = True,
+        padding_side: str | None = None,
+    ) -> Any:
+        """With tokenize=True the model's inputs for a conversation or a list of them, as `__call__` makes them.
+
+        Without, the text of it, to look at only: text cannot tell a control token from words that look like one.
+        """
+        if tokenize:
+            if not return_dict or return_tensors != "pt" or not padding:
+                raise ValueError(
+                    "apply_chat_template gives padded PyTorch tensors by name: return_dict=True, return_tensors='pt', "
+                    "padding=True"
+                )
+            return self(conversation, images, padding_side=padding_side, add_generation_prompt=add_generation_prompt)
+        return self.tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def cut(self, images: list[Image.Image]) -> list[np.ndarray]:
+        """u8[t, 3, px, px]: the tiles of each image of a prompt."""
+        limit = shared_max_tiles(images, self.settings)
+        fast = self.settings.get("decode") == "fast"
+        return [
+            cut_tiles(image, limit, self.settings["tile_size"], self.settings["thumbnail"], fast) for image in images
+        ]
 
     def _memory(self, tiles_of_row: list[list[Tile]]) -> dict[str, torch.Tensor]:
         """Of a batch with images, what cross-attention reads.
@@ -207,14 +371,14 @@ class NVLM_Processor:
         return self.lay_out(prompt, tiles_per_image, system)[0]
 
     def lay_out(
-        self, prompt: Any, tiles_per_image: list[int], system: str | None = None
+        self, prompt: Any, tiles_per_image: list[int], system: str | None = None, add_generation_prompt: bool = True
     ) -> tuple[list[int], list[Tile]]:
         """The same ids, and where the tiles are."""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages = as_messages(prompt)
         system = self.settings["system"] if system is None else system
-        if system is not None and not any(message["role"] == "system" for message in messages):
+        if system and not any(message["role"] == "system" for message in messages):
             messages = [{"role": "system", "content": system}, *messages]
-        contents = [self._parts(message["content"]) for message in messages]
+        contents = [parts_of(message["content"]) for message in messages]
         marks = sum(part is None for parts in contents for part in parts)
         if marks == 0 and tiles_per_image:
             first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
@@ -240,23 +404,17 @@ class NVLM_Processor:
             ids += self._text(text) + self._control("<|im_end|>")
             if self.settings["prompt_template"] != "hf_nvlm":
                 ids += self._text("\n")
-        return ids + self._control("<|im_start|>") + self._text("assistant\n"), tiles
+        if add_generation_prompt:
+            ids += self._control("<|im_start|>") + self._text("assistant\n")
+        return ids, tiles
 
-    def decode(self, ids: Any) -> str:
+    def decode(self, ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str:
         """The text of one answer, without control tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
-    def batch_decode(self, rows: Any) -> list[str]:
+    def batch_decode(self, rows: Any, **kwargs: Any) -> list[str]:
         """The texts of several answers."""
-        return [self.decode(row) for row in rows]
-
-    @staticmethod
-    def _parts(content: Any) -> list[str | None]:
-        """Texts, and None where an image stands."""
-        if isinstance(content, str):
-            texts = content.split(MARKER)
-            return [part for text in texts for part in (None, text)][1:]
-        return [part["text"] if part["type"] == "text" else None for part in content]
+        return [self.decode(row, **kwargs) for row in rows]
 
     def _image(self, ids: list[int], tiles: list[Tile], text: str, image: int, num_tiles: int) -> str:
         """Adds the text before an image and its tiles to `ids` and `tiles`; returns the text that goes on behind."""
