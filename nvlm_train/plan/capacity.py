@@ -318,10 +318,12 @@ def _turns(recipe: Recipe, gpus: int) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"data.pack_tokens": smaller}, "smaller packs, so less to hide gathers behind (--accept data)"
     if recipe.tower_is_replicated and zero.stage == 3 and gpus > 1:
         yield {"zero.tower": "partitioned"}, "the tower is gathered in every micro-step with an image"
-    for name in ("name", "kind", "type"):  # kinds of optimizers, where the recipe knows some
-        field = Optimizer.model_fields.get(name)
-        for kind in get_args(field.annotation) if field is not None else ():
-            yield {f"optimizer.{name}": kind}, "another optimizer: look at the learning rate"
+    field = Optimizer.model_fields.get("implementation")
+    for kind in get_args(field.annotation) if field is not None else ():
+        yield {"optimizer.implementation": kind}, "another optimizer's rounding"
+    for kind in ("liger", "triton"):
+        if recipe.kernels != kind:
+            yield {"kernels": kind}, "another loss kernel"
     if zero.offload_optimizer == "none" and zero.stage:
         yield {"zero.offload_optimizer": "cpu"}, "the update runs on the host's cores"
     if zero.offload_param == "none" and zero.stage == 3:

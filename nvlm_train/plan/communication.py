@@ -1,7 +1,8 @@
 """Bytes that the ranks exchange in a step, by what for, and the bandwidth that hides them behind the arithmetic.
 
-A gather or a reduce-scatter of N bytes over P ranks brings each rank N (P-1)/P; an all-reduce twice that. Rings that
-know the nodes carry a byte into a node once, through all of the node's adapters together: N (nodes-1)/nodes.
+A gather or a reduce-scatter of N bytes over P ranks brings each rank N (P-1)/P; an all-reduce twice that. NCCL's rings
+pass every byte by every rank, so a node takes in, through all of its adapters together, as much as one of its GPUs (N
+(nodes-1)/nodes would do, half of that on two nodes). Bandwidths are then what nccl-tests call busbw.
 
 tests/test_plan.py compares the bytes with what goes through the collectives of real steps on two ranks.
 """
@@ -97,8 +98,7 @@ def communication(
 
     def share(ranks: int) -> tuple[float, float]:
         """Of the whole bytes: what a rank receives, and what enters a node."""
-        spans = -(-ranks // gpus_per_node)
-        return (ranks - 1) / ranks, (spans - 1) / spans
+        return (ranks - 1) / ranks, (ranks - 1) / ranks if ranks > gpus_per_node else 0.0
 
     per_weight = 0.0
     if stage == 3:

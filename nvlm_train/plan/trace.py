@@ -37,13 +37,16 @@ class Tensor:
 class Call:
     """A module: its own parameters, and the modules it calls, in order.
 
-    recompute: its forward runs again in backward. stops_in: how far down the last modules the backward pass comes
-    before it needs something of that second run: 0 the module itself, 1 its last module, and so on; None: all the way.
+    reads: it reads image tokens beside its input.
+    recompute: its forward runs again in backward.
+    stops_in: how far down the last modules the backward pass comes before it needs something of that second run: 0 the
+        module itself, 1 its last module, and so on; None: all the way.
     """
 
     name: str
     tensors: list[Tensor] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    reads: bool = False
     recompute: bool = False
     stops_in: int | None = None
 
@@ -118,7 +121,7 @@ def _cross_layer(make: _Maker, model: Model, number: int) -> Call:
             make.vector(f"{name}.post_attention_layernorm", width),
             _feed_forward(make, f"{name}.mlp", width, model.language_model.intermediate_size),
         ]
-    return Call(name, [make.tensor(f"{name}.{gate}", 1) for gate in gates], calls)
+    return Call(name, [make.tensor(f"{name}.{gate}", 1) for gate in gates], calls, reads=True)
 
 
 def _decoder_layer(make: _Maker, lm: LanguageModel, number: int, reader: Call | None, place: str, again: bool) -> Call:
@@ -139,7 +142,8 @@ def _decoder_layer(make: _Maker, lm: LanguageModel, number: int, reader: Call | 
     if reader is not None:
         calls.insert({"before": 0, "between": 2, "after": 4}[place], reader)
     # the last product is where backward begins, and it needs its input; behind it, a reader's index does
-    return Call(name, [], calls, again, 1 if reader is not None and place == "after" else None)
+    stops_in = 1 if reader is not None and place == "after" else None
+    return Call(name, [], calls, recompute=again, stops_in=stops_in)
 
 
 def tower_call(recipe: Recipe) -> Call:
@@ -175,7 +179,8 @@ def tower_call(recipe: Recipe) -> Call:
             Call(name, [], mlp),
         ]
         # ls2 multiplies what the feed-forward part gave, and its gradient needs it
-        layers.append(Call(name, [make.tensor(f"{name}.{scale}", width) for scale in ("ls1", "ls2")], calls, again, 0))
+        scales = [make.tensor(f"{name}.{scale}", width) for scale in ("ls1", "ls2")]
+        layers.append(Call(name, scales, calls, recompute=again, stops_in=0))
     return Call("vision_model", [], [Call("embeddings", own, [Call("patch", patch)]), Call("encoder", [], layers)])
 
 
@@ -227,20 +232,25 @@ class _Event(NamedTuple):
 def _events(recipe: Recipe, chunks: int) -> list[_Event]:
     """Fetches and releases of a micro-step, in order. A module whose inputs need no gradient is released at the end."""
     roots = _roots(recipe, chunks)
-    needs: dict[tuple[int, int], tuple[bool, bool]] = {}  # (place in the order, call) -> gradients of input and output
+    needs: dict[tuple[int, int], tuple[bool, bool]] = {}  # (place of the root, call) -> gradients of input and output
     found: list[_Event] = []
-    tower_trained = recipe.train.modes["vision"] != "frozen"
-    gradient = False
+    gradient = of_images = False
 
-    def forward(call: Call, path: int) -> None:
+    def forward(call: Call, path: int, of_text: bool | None = None) -> None:
+        """of_text: inside a reader, whether the hidden states need a gradient; the other input are image tokens."""
         nonlocal gradient
-        before = gradient
+        if call.reads and of_text is None:
+            of_text, gradient = gradient, gradient or of_images
+        takes_text = of_text is not None and call.name.endswith((".input_layernorm", ".q_proj"))
+        rest = gradient
+        gradient = before = bool(of_text) if takes_text else gradient
         found.append(_Event(True, call, True))
         for each in call.calls:
-            forward(each, path)
+            forward(each, path, of_text)
         gradient = gradient or any(tensor.trained for tensor in call.tensors)
         found.append(_Event(False, call, True))
         needs[path, id(call)] = before, gradient
+        gradient = gradient or rest
 
     def run_again(call: Call, stop: list[Call]) -> Iterator[_Event]:
         """The second forward pass, up to the module where backward waits; `stop`: the modules it is inside of."""
@@ -251,12 +261,11 @@ def _events(recipe: Recipe, chunks: int) -> list[_Event]:
         if not inside:
             yield _Event(False, call, True, True)
 
-    def backward(call: Call, path: int, started: bool = False) -> Iterator[_Event]:
+    def backward(call: Call, path: int) -> Iterator[_Event]:
         before, after = needs[path, id(call)]
         if not after:
             return
-        if not started:
-            yield _Event(True, call, False)
+        yield _Event(True, call, False)
         waiting: list[Call] = [call]
         if call.recompute:
             depth = 99 if call.stops_in is None else call.stops_in
@@ -286,19 +295,14 @@ def _events(recipe: Recipe, chunks: int) -> list[_Event]:
     found.append(_Event(True, whole, True))
     for path, root in enumerate(roots):
         if root.name == "vision_model":
-            gradient = False  # pixels
-            forward(root, path)
-            gradient = False if not tower_trained else gradient
-            continue
-        if root.name == "embed_tokens":
-            gradient = gradient if recipe.model.architecture != "nvlm_x" else False
-        image_gradient = gradient
-        if root.name == "embed_tokens" and not root.tensors[0].trained:
-            gradient = False  # a frozen table is left before the images come
-            forward(root, path)
-            gradient = image_gradient
-            continue
+            gradient = False  # the next pixels
+        elif root.name == "embed_tokens":
+            # image tokens enter it in nvlm_d and nvlm_h; but a frozen table is left before they come
+            of_images = gradient
+            gradient = of_images and recipe.model.architecture != "nvlm_x" and root.tensors[0].trained
         forward(root, path)
+        if root.name == "embed_tokens" and recipe.model.architecture != "nvlm_x":
+            gradient = gradient or of_images
     found += [_Event(False, whole, True), _Event(True, whole, False)]
     for path in reversed(range(len(roots))):
         found.extend(backward(roots[path], path))

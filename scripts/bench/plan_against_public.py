@@ -1,23 +1,29 @@
 """Figures that others have published, beside what `nvlm-train plan` computes from sizes alone.
 
-    python scripts/bench/plan_against_public.py
+    python scripts/bench/plan_against_public.py            # the table
+    python scripts/bench/plan_against_public.py --write    # into the README, with the plans it shows, and the memory
+                                                           # that recipes state in their first lines
 
 A figure is in the table only where the plan's own functions give it; what cannot be derived is listed with the reason.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nvlm_train.model.flops import count_flops
-from nvlm_train.plan.capacity import Cluster, smallest
+from nvlm_train.plan.capacity import Cluster, plan, smallest
 from nvlm_train.plan.communication import communication
+from nvlm_train.plan.show import lines
 from nvlm_train.recipe.load import load_recipe
 from nvlm_train.recipe.resolve import resolve
 from nvlm_train.recipe.schema import Model, Recipe, Train
 
 ROOT = Path(__file__).parents[2]
+SFT = "recipes/nvlm_d_72b/2_sft.yaml"
 GIB = 2**30
 A100 = 312.0
 LLAMA_70B = dict(
@@ -42,7 +48,7 @@ class Row(NamedTuple):
 
 
 def recipe(*overrides: str) -> Recipe:
-    return load_recipe(str(ROOT / "recipes/nvlm_d_72b/2_sft.yaml"), overrides).recipe
+    return load_recipe(str(ROOT / SFT), overrides).recipe
 
 
 def per_token(sequence: int, **train: Any) -> float:
@@ -99,7 +105,7 @@ def memory() -> list[Row]:
         "activations": (10.0, "projector's included here"),
         "recomputed_layer": (2.4, "fused there"),
         "gathered": (5.6, "DeepSpeed's rules here, an estimate there"),
-        "loss": (13.9, ""),
+        "loss": (13.9, "all logits at once there, what the loss kernel holds here"),
     }
     for kind, (published, why) in kinds.items():
         name = f"8192 tokens: {kind.replace('_', ' ')}"
@@ -120,7 +126,9 @@ def gpus() -> list[Row]:
     lora = of.model_copy(update={"train": Train.model_validate({"language_model": "lora"})})
     internvl = "InternVL, issues 516 and 526: InternVL2-76B on A100 of 80 GB"
     return [
-        Row("72B, 6B tower, everything but it trained: least GPUs", 32, whole, "GPUs", internvl),
+        Row(
+            "72B, 6B tower, everything but it trained: least GPUs", 32, whole, "GPUs", internvl, "4096 tokens here"
+        ),
         Row(
             "the same, LoRA", 8, smallest(lora, cluster)["gpus"], "GPUs", internvl,
             "8 was the node; below a node 1, 2, 4 are tried here",
@@ -143,7 +151,50 @@ def table() -> list[Row]:
     return [*operations(), *volume(), *memory(), *gpus()]
 
 
+def write() -> None:
+    """Brings what documents state up to date after predictions have changed; its diff is reviewed."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for nodes in (8, 16):
+        command = f"{SFT} --nodes {nodes} --gpus-per-node 8 --gpu-gib 80 --link-gbps 2560"
+        of = recipe()
+        cluster = Cluster(nodes, 8, 80, 4, 2560, 2880, 0.4, 989)
+        printed = lines(of, cluster, plan(of, cluster))
+        start = text.index(f"$ nvlm-train plan {command}\n") + len(f"$ nvlm-train plan {command}\n")
+        end = text.index("```", start)
+        if nodes == 16:
+            first = next(number for number, line in enumerate(printed) if line.startswith("a step:"))
+            last = next(number for number, line in enumerate(printed) if line.startswith("  tokens of a GPU"))
+            total = next(line for line in printed if line.startswith("  sum "))
+            printed = ["...", total, "...", *printed[first : last + 1], "", "...", printed[-1]]
+        text = text[:start] + "\n".join(printed) + "\n" + text[end:]
+    for row in table():
+        begin = text.find(f"| {row.what} | {row.published:g} ")
+        if begin >= 0:
+            text = text[:begin] + _line(row) + text[text.index("\n", begin) :]
+    total = f"{resolve(recipe(), 64).memory['total'] / GIB:.2f} GiB"
+    text = re.sub(r"(?m)^(  sum {20})[0-9.]+ GiB$", rf"\g<1>{total}", text)
+    readme.write_text(text, encoding="utf-8")
+    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
+        content = path.read_text(encoding="utf-8")
+        stated = re.search(r"Hardware: (\d+|one) .*?(\d+) GiB (?:per GPU )?predicted", content)
+        if stated:
+            ranks = 1 if stated[1] == "one" else int(stated[1])
+            now = resolve(load_recipe(str(path)).recipe, ranks).memory["total"] / GIB
+            if abs(now - int(stated[2])) > 0.75:
+                content = content[: stated.start(2)] + f"{now:.0f}" + content[stated.end(2) :]
+                path.write_text(content, encoding="utf-8")
+
+
+def _line(row: Row) -> str:
+    why = f": {row.why}" if row.why else ""
+    return f"| {row.what} | {row.published:g} {row.unit} | {row.ours:.4g} | {row.deviation:+.1%}{why} |"
+
+
 def main() -> None:
+    if "--write" in sys.argv[1:]:
+        write()
+        return
     print("| figure | published | plan | deviation | source |\n|---|---|---|---|---|")
     for row in table():
         why = f"; {row.why}" if row.why else ""
