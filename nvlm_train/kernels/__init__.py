@@ -18,6 +18,7 @@ from typing import Any
 from nvlm_train.errors import SetupError
 
 TORCH = "torch"  # the plain PyTorch implementation that every op has
+UNMEASURED = "not yet run on a GPU; ask for it: kernels: {name}"
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,14 @@ class Kernel:
     entry: "module:function".
     why: what speaks for it, printed with the choice.
     obstacle: given a device type ("cpu", "cuda"), why it cannot run here, or None where it can.
+    measured: whether it is known to be right and fast on a GPU: from its library, or by a run of ours. `auto` passes
+        over the others and says so: what only an interpreter has run is not taken silently.
     """
 
     entry: str
     why: str
     obstacle: Callable[[str], str | None]
+    measured: bool = True
 
 
 def _no_obstacle(device_type: str) -> str | None:
@@ -64,12 +68,13 @@ def _triton(op: str, why: str, file: str = "") -> dict[str, Kernel]:
     """An op with our Triton kernel and its PyTorch reference; both are in the file of its name unless `file` says."""
     where = f"nvlm_train.kernels.{file or op}"
     return {
-        "triton": Kernel(f"{where}:triton_{op}", why, _triton_obstacle),
+        "triton": Kernel(f"{where}:triton_{op}", why, _triton_obstacle, measured=False),
         TORCH: Kernel(f"{where}:torch_{op}", "plain PyTorch", _no_obstacle),
     }
 
 
-# In order of preference; `auto` takes the first that can run.
+# In order of preference; `auto` takes the first that is measured and can run. A run on a GPU (scripts/bench/gpu) is what
+# makes `measured` true of a kernel, and only where it wins.
 KERNELS: dict[str, dict[str, Kernel]] = {
     "attention": {
         "varlen": Kernel(
@@ -92,11 +97,13 @@ KERNELS: dict[str, dict[str, Kernel]] = {
             "nvlm_train.kernels.linear_cross_entropy:triton_linear_cross_entropy",
             "logits turned into their gradient in place, weight gradient summed in fp32",
             _triton_obstacle,
+            measured=False,
         ),
         "liger": Kernel(
             "nvlm_train.kernels.linear_cross_entropy:liger_linear_cross_entropy",
             "Liger's fused linear cross-entropy",
             _liger_obstacle,
+            measured=False,  # with our head and ZeRO-3; it also waits for the device in backward
         ),
         TORCH: Kernel(
             "nvlm_train.kernels.linear_cross_entropy:torch_linear_cross_entropy", "plain PyTorch", _no_obstacle
@@ -115,7 +122,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
 def select(choice: str, device_type: str) -> dict[str, tuple[str, str]]:
     """The implementation of every op and the reason, for the first screen of a run.
 
-    choice: "auto" takes the first that can run; "torch" plain PyTorch; any other name is forced on the ops that have
+    choice: "auto" takes the first that is measured and can run; "torch" plain PyTorch; any other name is forced on the ops that have
         it, and the others are chosen as by auto.
     device_type: "cpu" or "cuda".
     Example: `select("auto", "cpu")` is
@@ -142,6 +149,8 @@ def _select(choice: str, device_type: str) -> MappingProxyType[str, tuple[str, s
         reasons = [] if choice == "auto" else [f"{op} has no {choice}"]
         for name, kernel in kernels.items():
             obstacle = kernel.obstacle(device_type)
+            if obstacle is None and not kernel.measured:
+                obstacle = UNMEASURED.format(name=name)
             if obstacle is None:
                 chosen[op] = (name, "; ".join([kernel.why, *reasons]))
                 break

@@ -1299,8 +1299,8 @@ class Recipe(Section):
     )
     kernels: Literal["auto", "torch", "triton", "liger"] = key(
         "auto",
-        doc="auto: the fastest that runs here. torch: plain PyTorch. triton: our own kernels, or an error where they "
-        "cannot run; liger: Liger's loss, the others as auto.",
+        doc="auto: the best that has run on a GPU; today plain PyTorch and its own flash attention. torch: plain "
+        "PyTorch. triton: our own kernels, or an error where they cannot run; liger: Liger's loss, the others as auto.",
         resume="free",
     )
     zero: Zero = key(Zero(), doc="DeepSpeed ZeRO.", resume="free")
