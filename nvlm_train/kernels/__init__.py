@@ -73,8 +73,8 @@ def _triton(op: str, why: str, file: str = "") -> dict[str, Kernel]:
     }
 
 
-# In order of preference; `auto` takes the first that is measured and can run. A run on a GPU (scripts/bench/gpu) is what
-# makes `measured` true of a kernel, and only where it wins.
+# In order of preference; `auto` takes the first that is measured and can run. Only a run on a GPU makes `measured` true
+# of a kernel, and only where it wins.
 KERNELS: dict[str, dict[str, Kernel]] = {
     "attention": {
         "varlen": Kernel(
@@ -122,8 +122,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
 def select(choice: str, device_type: str) -> dict[str, tuple[str, str]]:
     """The implementation of every op and the reason, for the first screen of a run.
 
-    choice: "auto" takes the first that is measured and can run; "torch" plain PyTorch; any other name is forced on the ops that have
-        it, and the others are chosen as by auto.
+    choice: "auto" takes the first that is measured and can run; "torch" plain PyTorch; any other name is forced on the
+        ops that have it, and the others are chosen as by auto.
     device_type: "cpu" or "cuda".
     Example: `select("auto", "cpu")` is
         `{"attention": ("torch", "plain PyTorch; not varlen: runs on cuda only, this is cpu")}`.
