@@ -11,9 +11,9 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from nvlm_train.errors import SetupError
 
@@ -38,6 +38,22 @@ class Kernel:
     measured: bool = True
 
 
+class FlashAttn(NamedTuple):
+    """A version of the flash-attn packages: where its `flash_attn_varlen_func` is, and what it runs on."""
+
+    module: str
+    capability: int  # major compute capability that it needs
+    newer: bool  # whether it runs on later ones too
+    max_head_size: int
+
+
+FLASH_ATTN = {
+    "flash_attn_3": FlashAttn("flash_attn_interface", 9, newer=False, max_head_size=256),
+    "flash_attn_4": FlashAttn("flash_attn.cute", 9, newer=True, max_head_size=128),
+    "flash_attn_2": FlashAttn("flash_attn", 8, newer=True, max_head_size=256),
+}
+
+
 def _no_obstacle(device_type: str) -> str | None:
     return None
 
@@ -50,6 +66,38 @@ def _varlen_obstacle(device_type: str) -> str | None:
     except ImportError:
         return "this torch has no torch.nn.attention.varlen"
     return None if hasattr(module, "varlen_attn") else "this torch's torch.nn.attention.varlen has no varlen_attn"
+
+
+def _flash_attn_obstacle(device_type: str, name: str) -> str | None:
+    module, capability, newer, _ = FLASH_ATTN[name]
+    if device_type != "cuda":
+        return f"runs on cuda only, this is {device_type}"
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        return f"{module} is not installed" if module.startswith(error.name or "?") else f"{module}: {error}"
+    except Exception as error:  # a package built for another torch fails in many ways
+        return f"{module} cannot be imported: {error}"
+    if not hasattr(found, "flash_attn_varlen_func"):
+        return f"{module} has no flash_attn_varlen_func"
+    torch = importlib.import_module("torch")
+    have: int = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else capability
+    if have < capability or (have > capability and not newer):
+        return f"needs compute capability {capability}.x{' or newer' if newer else ''}, this GPU has {have}.x"
+    return None
+
+
+def _flash_attn(op: str) -> dict[str, Kernel]:
+    """The flash-attn packages' versions of an attention."""
+    return {
+        name: Kernel(
+            f"nvlm_train.kernels.attention:{name}_{op}",
+            f"{FLASH_ATTN[name].module}.flash_attn_varlen_func",
+            partial(_flash_attn_obstacle, name=name),
+            measured=False,
+        )
+        for name in FLASH_ATTN
+    }
 
 
 def _triton_obstacle(device_type: str) -> str | None:
@@ -82,6 +130,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
             "torch's variable-length flash attention (fp32 activations take torch)",
             _varlen_obstacle,
         ),
+        **_flash_attn("attention"),
         TORCH: Kernel("nvlm_train.kernels.attention:torch_attention", "plain PyTorch", _no_obstacle),
     },
     "cross_attention": {
@@ -90,6 +139,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
             "torch's variable-length flash attention (fp32 activations take torch)",
             _varlen_obstacle,
         ),
+        **_flash_attn("cross_attention"),
         TORCH: Kernel("nvlm_train.kernels.attention:torch_cross_attention", "plain PyTorch", _no_obstacle),
     },
     "linear_cross_entropy": {
@@ -123,7 +173,8 @@ def select(choice: str, device_type: str) -> dict[str, tuple[str, str]]:
     """The implementation of every op and the reason, for the first screen of a run.
 
     choice: "auto" takes the first that is measured and can run; "torch" plain PyTorch; any other name is forced on the
-        ops that have it, and the others are chosen as by auto.
+        ops that have it, and the others are chosen as by auto. Several names are joined by "+": each op takes the
+        first of them that it has.
     device_type: "cpu" or "cuda".
     Example: `select("auto", "cpu")` is
         `{"attention": ("torch", "plain PyTorch; not varlen: runs on cuda only, this is cpu")}`.
@@ -135,18 +186,20 @@ def select(choice: str, device_type: str) -> dict[str, tuple[str, str]]:
 @cache
 def _select(choice: str, device_type: str) -> MappingProxyType[str, tuple[str, str]]:
     known = sorted({name for kernels in KERNELS.values() for name in kernels})
-    if choice != "auto" and choice not in known:
-        raise SetupError(f"kernels: {choice!r} is not known; known are auto, {', '.join(known)}")
+    names = [] if choice == "auto" else choice.split("+")
+    for name in names:
+        if name not in known:
+            raise SetupError(f"kernels: {name!r} is not known; known are auto, {', '.join(known)}")
     chosen: dict[str, tuple[str, str]] = {}
     for op, kernels in KERNELS.items():
-        if choice in kernels:
-            interpreted = choice in ("triton", "liger") and os.environ.get("TRITON_INTERPRET") == "1"  # tests on a CPU
-            obstacle = None if interpreted else kernels[choice].obstacle(device_type)
+        if asked := next((name for name in names if name in kernels), None):
+            interpreted = asked in ("triton", "liger") and os.environ.get("TRITON_INTERPRET") == "1"  # tests on a CPU
+            obstacle = None if interpreted else kernels[asked].obstacle(device_type)
             if obstacle is not None:
-                raise SetupError(f"kernels: {choice!r} was asked for {op}, but {obstacle}; use auto or torch")
-            chosen[op] = (choice, f"{kernels[choice].why}; asked for")
+                raise SetupError(f"kernels: {asked!r} was asked for {op}, but {obstacle}; use auto or torch")
+            chosen[op] = (asked, f"{kernels[asked].why}; asked for")
             continue
-        reasons = [] if choice == "auto" else [f"{op} has no {choice}"]
+        reasons = [f"{op} has no {' or '.join(names)}"] if names else []
         for name, kernel in kernels.items():
             obstacle = kernel.obstacle(device_type)
             if obstacle is None and not kernel.measured:

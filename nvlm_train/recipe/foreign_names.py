@@ -266,16 +266,14 @@ FOREIGN: tuple[Foreign, ...] = (
     ),
     Foreign(("zero_stage",), "DeepSpeed", "zero.stage"),
     Foreign(
-        (
-            "flash_attn",
-            "flash_attention",
-            "attn_impl",
-            "attn_implementation",
-            "use_liger_kernel",
-            "enable_liger_kernel",
-            "use_flash_attn",
-        ),
+        ("flash_attn", "flash_attention", "attn_impl", "attn_implementation", "use_flash_attn"),
         _tools(_LF, _AXO, _SWIFT, _IVL, _MEG),
+        "attention",
+        "auto, torch, varlen, flash_attn_2, 3 or 4",
+    ),
+    Foreign(
+        ("use_liger_kernel", "enable_liger_kernel"),
+        _tools(_LF, _AXO, _SWIFT),
         "kernels",
         "auto, torch, triton or liger",
     ),

@@ -1303,12 +1303,26 @@ class Recipe(Section):
         "PyTorch. triton: our own kernels, or an error where they cannot run; liger: Liger's loss, the others as auto.",
         resume="free",
     )
+    attention: Literal["auto", "torch", "varlen", "flash_attn_2", "flash_attn_3", "flash_attn_4"] = key(
+        "auto",
+        doc="The decoder's attention and cross-attention. auto: what kernels says. torch: PyTorch's, segment by "
+        "segment. varlen: PyTorch's variable-length flash attention. flash_attn_2, 3, 4: of the flash-attn packages. "
+        "An error where it cannot run.",
+        resume="free",
+    )
     zero: Zero = key(Zero(), doc="DeepSpeed ZeRO.", resume="free")
     checkpoint: Checkpoint = key(Checkpoint(), doc="Saving.", resume="free")
     validation: Validation | None = key(None, doc="Held-out loss; absent: none.", resume="free")
     log: Log = key(Log(), doc="Console, wandb, tensorboard.", resume="free")
     distributed: Distributed = key(Distributed(), doc="Time limits of a run on several ranks.", resume="free")
     debug: Debug = key(Debug(), doc="Checks that cost time.", resume="free")
+
+    @property
+    def kernel_choice(self) -> str:
+        """`kernels` and `attention` as `nvlm_train.kernels.select` takes them."""
+        if self.attention == "auto":
+            return self.kernels
+        return self.attention if self.kernels == "auto" else f"{self.attention}+{self.kernels}"
 
     @property
     def tower_is_replicated(self) -> bool:
@@ -1348,6 +1362,8 @@ class Recipe(Section):
                 )
             )
         problems += self._modules_misfits()
+        if self.attention not in ("auto", "torch") and self.precision == "fp32":
+            problems.append(("attention", "is flash attention, which takes bf16, but precision is fp32; use torch"))
         if self.zero.stage == 0 and self.precision == "bf16":
             problems.append(
                 ("zero.stage", "has no fp32 masters for bf16 weights in DeepSpeed; use zero.stage=1 or precision=fp32")

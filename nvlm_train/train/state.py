@@ -326,7 +326,9 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     """
     dtype = DTYPES[recipe.precision]
     four_bits = recipe.train.quantize == "nf4"
-    select(recipe.kernels, world.device.type)  # a choice that cannot run here is refused before anything is loaded
+    select(
+        recipe.kernel_choice, world.device.type
+    )  # a choice that cannot run here is refused before anything is loaded
     began = time.monotonic()
     with ReadOncePerNode(weights, world, recipe.distributed.timeout_s) as shared:
         tower = None
@@ -340,7 +342,7 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
                 with_vision=tower is None,
                 activation_checkpointing=recipe.activation_checkpointing,
                 tiles_per_chunk=recipe.vision_tiles_per_chunk,
-                kernels=recipe.kernels,
+                kernels=recipe.kernel_choice,
             )
             draws = lora.add_adapters(model, recipe.model, recipe.train)
         for name, parameter in model.named_parameters():
@@ -376,7 +378,7 @@ def _first(
 
 def _frozen_tower(recipe: Recipe, weights: Weights, dtype: torch.dtype, device: torch.device) -> InternVit:
     with torch.device("meta"):
-        tower = InternVit(recipe.model.vision, kernels=recipe.kernels)
+        tower = InternVit(recipe.model.vision, kernels=recipe.kernel_choice)
     tower.to(dtype)  # still on meta: in memory only once, in its own type
     tower.to_empty(device=device)
     slice_of, write = lambda parameter: None, lambda parameter, value: parameter.data.copy_(value)

@@ -174,7 +174,10 @@ def test_auto_without_varlen_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_choice_that_is_unknown_or_cannot_run_is_refused() -> None:
-    with pytest.raises(SetupError, match="'tritn' is not known; known are auto, liger, torch, triton, varlen"):
+    with pytest.raises(
+        SetupError,
+        match="'tritn' is not known; known are auto, flash_attn_2, flash_attn_3, flash_attn_4, liger, torch, triton, varlen",
+    ):
         kernels.select("tritn", "cpu")
     with pytest.raises(SetupError, match="'varlen' was asked for attention, but runs on cuda only, this is cpu"):
         kernels.select("varlen", "cpu")
