@@ -6,6 +6,8 @@ allocator's slack, CUDA's context and NCCL's buffers (together 2 to 5 GiB on a G
 
 from __future__ import annotations
 
+import math
+
 from nvlm_train.recipe.schema import Recipe
 
 KINDS = (
@@ -24,6 +26,8 @@ KINDS = (
 
 # Bits a weight of bitsandbytes' NF4 with doubly quantised scales: 4, 8 for each 64, 32 for each 256 of those
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+# Bytes of both moments of a parameter: fp32, or bitsandbytes' 8 bits with an fp32 scale for each 256
+MOMENT_BYTES, MOMENT_8BIT_BYTES = 8, 2 * (1 + 4 / 256)
 
 
 def predict_memory(
@@ -34,8 +38,8 @@ def predict_memory(
     parameters: counts of the whole modules, as `model.flops.count_parameters` gives them; trainable_by_module: what the
     optimizer steps of each, as `model.flops.trainable_parameters` gives them.
     weights: what the engine shares out (a frozen tower is replicated instead: `tower_replicated`), adapters included.
-    gradients: fp32 accumulation. optimizer: fp32 master, exp_avg, exp_avg_sq (stage 0: the weights are the
-    masters).
+    gradients: fp32 accumulation. optimizer: fp32 master (stage 0: the weights are the masters) and both moments, as
+    `optimizer.implementation` keeps them.
     gathered, buckets: what stage 3 holds whole at a time (of 4-bit weights: the largest, unpacked for its product), and
     what is in flight in a reduction.
     activations: what stays until backward; recomputed_layer: the layer at work when they are recomputed.
@@ -53,6 +57,7 @@ def predict_memory(
     def share(amount: int, from_stage: int) -> int:
         return -(-amount // ranks) if stage >= from_stage else amount
 
+    moments = MOMENT_8BIT_BYTES if recipe.optimizer.implementation == "adamw_8bit" else MOMENT_BYTES
     lm, vision = recipe.model.language_model, recipe.model.vision
     tokens = recipe.micro_batch_size * recipe.data.pack_tokens
     patches = (vision.image_size // vision.patch_size) ** 2
@@ -110,7 +115,7 @@ def predict_memory(
     predicted = {
         "weights": share(inside - quantized, 3) * number + round(quantized * NF4_BITS / 8),
         "gradients": share(trainable, 2) * 4,
-        "optimizer": share(trainable, 1) * (12 if stage else 8),
+        "optimizer": math.ceil(share(trainable, 1) * ((4 if stage else 0) + moments)),
         "tower_replicated": outside * number,
         "gathered": gathered * number
         if stage == 3 and ranks > 1

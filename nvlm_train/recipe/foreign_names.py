@@ -93,7 +93,10 @@ FOREIGN: tuple[Foreign, ...] = (
         "optimizer.max_grad_norm",
     ),
     Foreign(
-        ("optim", "optimizer_type"), _tools(_HF, _LF, _SWIFT, _AXO), "optimizer", "always AdamW; a section, not a name"
+        ("optim", "optimizer_type"),
+        _tools(_HF, _LF, _SWIFT, _AXO),
+        "optimizer.implementation",
+        "always AdamW; adamw_bnb_8bit and adamw_8bit are adamw_8bit",
     ),
     Foreign(
         ("max_seq_length", "max_length", "cutoff_len", "decoder_seq_length", "seq_length", "model_max_length"),

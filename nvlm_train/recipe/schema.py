@@ -913,6 +913,13 @@ class ModuleLr(Section):
 class Optimizer(Section):
     """AdamW. Weight decay is off for norms, biases and LayerScale."""
 
+    implementation: Literal["auto", "torch_fused", "deepspeed_fused", "deepspeed_cpu", "adamw_8bit"] = key(
+        "auto",
+        doc="auto: PyTorch's, fused on a GPU and where masters are offloaded. torch_fused: that, everywhere. "
+        "deepspeed_fused, deepspeed_cpu: DeepSpeed's, compiled at the first start; the latter for masters that are "
+        "offloaded. adamw_8bit: bitsandbytes', 2 bytes of moments a parameter instead of 8 (zero.stage 3).",
+        resume="ask",
+    )
     lr: Number = key(doc="Peak learning rate.", gt=0)
     module_lr: ModuleLr = key(ModuleLr(), doc="Peak learning rates by module.")
     betas: list[Number] = key([0.9, 0.95], doc="AdamW's two betas.", min_length=2, max_length=2)
@@ -1362,6 +1369,30 @@ class Recipe(Section):
                 )
             )
         problems += self._modules_misfits()
+        implementation, offloaded = self.optimizer.implementation, self.zero.offload_optimizer != "none"
+        if implementation == "deepspeed_cpu" and not offloaded:
+            problems.append(
+                (
+                    "optimizer.implementation",
+                    "steps masters in host memory, but zero.offload_optimizer is none; set it to cpu, or use auto",
+                )
+            )
+        if implementation in ("deepspeed_fused", "adamw_8bit") and offloaded:
+            problems.append(
+                (
+                    "optimizer.implementation",
+                    "steps masters on the GPU, but zero.offload_optimizer is cpu; use deepspeed_cpu or auto, or "
+                    "zero.offload_optimizer=none",
+                )
+            )
+        if implementation == "adamw_8bit" and self.zero.stage != 3:
+            problems.append(
+                (
+                    "optimizer.implementation",
+                    f"was made to fit zero.stage 3 alone, on any number of ranks, but zero.stage is {self.zero.stage}; "
+                    "use zero.stage=3, or auto",
+                )
+            )
         if self.attention not in ("auto", "torch") and self.precision == "fp32":
             problems.append(("attention", "is flash attention, which takes bf16, but precision is fp32; use torch"))
         if self.zero.stage == 0 and self.precision == "bf16":

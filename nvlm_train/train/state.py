@@ -22,7 +22,7 @@ from nvlm_train.data.windows import Stretch
 from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
 from nvlm_train.engine.node import ReadOncePerNode
-from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
+from nvlm_train.engine.optim import build_optimizer, check_implementation, full_shape, module_of, parameter_groups
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
 from nvlm_train.hub import local_folder
 from nvlm_train.kernels import select
@@ -326,9 +326,8 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     """
     dtype = DTYPES[recipe.precision]
     four_bits = recipe.train.quantize == "nf4"
-    select(
-        recipe.kernel_choice, world.device.type
-    )  # a choice that cannot run here is refused before anything is loaded
+    select(recipe.kernel_choice, world.device.type)  # what cannot run here is refused before anything is loaded
+    check_implementation(recipe.optimizer.implementation, world.device.type)
     began = time.monotonic()
     with ReadOncePerNode(weights, world, recipe.distributed.timeout_s) as shared:
         tower = None

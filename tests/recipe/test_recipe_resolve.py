@@ -358,6 +358,22 @@ print("understood", len(json.loads(sys.argv[1])))
         (["zero.offload_param=cpu"], r"zero\.offload_param: 'cpu' needs the optimizer beside it"),
         (["zero.offload_optimizer=nvme"], r"zero\.offload_optimizer: 'nvme' is not supported: DeepSpeed keeps"),
         (
+            ["optimizer.implementation=deepspeed_cpu"],
+            r"implementation: 'deepspeed_cpu' steps masters in host memory",
+        ),
+        (
+            ["optimizer.implementation=adamw_8bit", "zero.offload_optimizer=cpu"],
+            r"implementation: 'adamw_8bit' steps masters on the GPU, but zero\.offload_optimizer is cpu",
+        ),
+        (
+            ["optimizer.implementation=adamw_8bit", "zero.stage=2"],
+            r"implementation: 'adamw_8bit' was made to fit zero\.stage 3 alone",
+        ),
+        (
+            ["attention=flash_attn_2", "precision=fp32"],
+            r"attention: 'flash_attn_2' is flash attention, which takes b",
+        ),
+        (
             ["zero.stage=1", "zero.experimental.hpz_partition_size=2"],
             r"hpz_partition_size: 2 needs weights",
         ),
@@ -432,6 +448,9 @@ def test_predicted_states_by_hand(load):
     assert partitioned["tower_replicated"] == 0
     assert partitioned["weights"] == 2 * -(-(inside + parameters["vision"]) // 4)
     assert (partitioned["gradients"], partitioned["optimizer"]) == (memory["gradients"], memory["optimizer"])
+    # fp32 masters, and two moments of 8 bits with an fp32 scale for each 256
+    small = predict(load("micro_batch_size=2", "optimizer.implementation=adamw_8bit"), 4)
+    assert small["optimizer"] == -(-share * (4 + 2 + 8 / 256) // 1)
     # what is offloaded is in the host's memory
     moved = predict(load("micro_batch_size=2", "zero.offload_optimizer=cpu"), 4)
     assert (moved["optimizer"], moved["gradients"], moved["host"]) == (0, 0, 16 * share)
