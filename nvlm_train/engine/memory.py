@@ -26,6 +26,9 @@ KINDS = (
 
 # Bits a weight of bitsandbytes' NF4 with doubly quantised scales: 4, 8 for each 64, 32 for each 256 of those
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+# Logits held at once by the loss, in elements: more labelled rows go in pieces (nvlm_train/kernels)
+MAX_LOGITS = {"torch": 2**27, "triton": 2**29}
+LOSS_OF_AUTO = "torch"
 # Bytes of both moments of a parameter: fp32, or bitsandbytes' 8 bits with an fp32 scale for each 256
 MOMENT_BYTES, MOMENT_8BIT_BYTES = 8, 2 * (1 + 4 / 256)
 
@@ -43,7 +46,7 @@ def predict_memory(
     gathered, buckets: what stage 3 holds whole at a time (of 4-bit weights: the largest, unpacked for its product), and
     what is in flight in a reduction.
     activations: what stays until backward; recomputed_layer: the layer at work when they are recomputed.
-    loss: logits and their gradient when every token is labelled (fewer in practice).
+    loss: what the loss kernel of `kernels` holds when every token is labelled (fewer in practice), see `_loss`.
     """
     stage, ranks = recipe.zero.stage, world_size
     number = 2 if recipe.precision == "bf16" else 4
@@ -126,7 +129,7 @@ def predict_memory(
         * (4 if recipe.zero.communication_data_type == "fp32" else 2),
         "activations": kept + projector,
         "recomputed_layer": layer + crossing if recompute != "none" or not backward else 0,
-        "loss": tokens * lm.vocab_size * (number + 4 + 4 + (number if number == 2 else 0)),
+        "loss": _loss(recipe, tokens, number, trained["language_model"] and modes["language_model"] != "lora"),
         "vision_activations": tower,
     }
     offloaded = {
@@ -137,3 +140,24 @@ def predict_memory(
     host = sum(predicted[kind] for kind, where in offloaded.items() if where == "cpu")
     predicted |= {kind: 0 for kind, where in offloaded.items() if where != "none"}
     return {**predicted, "total": sum(predicted.values()), "host": host}
+
+
+def _loss(recipe: Recipe, tokens: int, number: int, head_is_trained: bool) -> int:
+    """Bytes of the loss at its peak, every token labelled.
+
+    torch: a piece's logits, in number bytes and in fp32, and the gradients of both. triton: a piece's logits in place,
+    and from forward to backward the gradients of rows and, in fp32, of the head, whose last product stands beside it.
+    liger: logits of a chunk that it chooses after V / D, the gradients in number bytes. Nowhere all logits.
+    """
+    lm = recipe.model.language_model
+    kernel = LOSS_OF_AUTO if recipe.kernels == "auto" else recipe.kernels
+    head = lm.vocab_size * lm.hidden_size if head_is_trained else 0
+    rows = tokens * lm.hidden_size * number
+    if kernel == "liger":
+        chunk = -(-tokens // -(-lm.vocab_size // lm.hidden_size))
+        chunk = min(tokens, 1 << (chunk - 1).bit_length())
+        return chunk * lm.vocab_size * (number + 4) + rows + head * number
+    logits = lm.vocab_size * min(tokens, max(1, MAX_LOGITS[kernel] // lm.vocab_size))
+    if kernel == "triton":
+        return logits * number + rows + 2 * head * 4
+    return logits * (number + 4 + 4 + (number if number == 2 else 0))

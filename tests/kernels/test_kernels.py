@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from nvlm_train import kernels
+from nvlm_train.engine import memory
 from nvlm_train.errors import SetupError
-from nvlm_train.kernels import attention
+from nvlm_train.kernels import attention, linear_cross_entropy
 from nvlm_train.model.attention import packed_attention
 
 torch.set_num_threads(1)
@@ -137,6 +138,13 @@ def test_a_kernel_that_no_gpu_has_run_is_not_taken_silently(monkeypatch: pytest.
         kernels._select.cache_clear()
 
 
+def test_memory_is_predicted_for_the_loss_that_is_taken() -> None:
+    for name, most in memory.MAX_LOGITS.items():
+        own = {"torch": linear_cross_entropy.MAX_LOGITS, "triton": linear_cross_entropy.MAX_TRITON_LOGITS}[name]
+        assert most == own
+    assert kernels.select("auto", "cuda")["linear_cross_entropy"][0] == memory.LOSS_OF_AUTO
+
+
 def test_triton_asked_for_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops that have no Triton kernel are chosen as by auto; not installed, it is refused by name."""
     pytest.importorskip("triton", reason="triton is not installed")
@@ -174,10 +182,8 @@ def test_auto_without_varlen_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_choice_that_is_unknown_or_cannot_run_is_refused() -> None:
-    with pytest.raises(
-        SetupError,
-        match="'tritn' is not known; known are auto, flash_attn_2, flash_attn_3, flash_attn_4, liger, torch, triton, varlen",
-    ):
+    known = "auto, flash_attn_2, flash_attn_3, flash_attn_4, liger, torch, triton, varlen"
+    with pytest.raises(SetupError, match=f"'tritn' is not known; known are {known}"):
         kernels.select("tritn", "cpu")
     with pytest.raises(SetupError, match="'varlen' was asked for attention, but runs on cuda only, this is cpu"):
         kernels.select("varlen", "cpu")

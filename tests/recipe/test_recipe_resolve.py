@@ -109,7 +109,7 @@ def test_the_hash_survives_json_and_python_versions(load):
     recipe = load()
     assert Recipe.model_validate(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
     # a golden value: it changes with every new key that is not free
-    assert recipe_hash(recipe) == "38310a2d4373f73e"
+    assert recipe_hash(recipe) == "4cff5860cdece8f3"
 
 
 # -------------------------------------------------------------------------------------------------------------- resume
@@ -471,6 +471,23 @@ def test_predicted_activations_of_nvlm_x_by_hand(load):
     assert memory["recomputed_layer"] == decoder + crossing
     wide = predict(load(*x, "model.cross_attention.feed_forward=true"), 1)
     assert wide["activations"] == 3 * (decoder + crossing + 512 * (2 * 48 + 4 * 80) * 2) + projector
+
+
+def test_predicted_memory_of_the_loss(load):
+    """Never all logits: 16,384 tokens of 152,064 would be 30 GB in plain PyTorch. Head of 152064 x 3584."""
+    pieces = ("model.language_model=qwen2_7b_instruct", "micro_batch_size=32")  # 512 tokens each
+
+    def loss(*more):
+        return predict(load(*pieces, *more), 1)["loss"]
+
+    assert loss() == loss("kernels=torch") == 152064 * (2**27 // 152064) * 12
+    assert loss("precision=fp32") == 152064 * (2**27 // 152064) * 12
+    few = predict(load("model.language_model=qwen2_7b_instruct"), 1)["loss"]
+    assert few == 152064 * 512 * 12  # fits into one piece
+    head, rows = 152064 * 3584, 16384 * 3584 * 2
+    assert loss("kernels=triton") == 152064 * (2**29 // 152064) * 2 + rows + 8 * head
+    assert loss("kernels=triton", "train.language_model=frozen") == 152064 * (2**29 // 152064) * 2 + rows
+    assert loss("kernels=liger") == 512 * 152064 * 6 + rows + 2 * head  # 16384 / 43 rows, to a power of 2
 
 
 def test_memory_of_the_full_size_is_that_of_the_table():
