@@ -145,7 +145,8 @@ def predict_memory(
 def _loss(recipe: Recipe, tokens: int, number: int, head_is_trained: bool) -> int:
     """Bytes of the loss at its peak, every token labelled.
 
-    torch: a piece's logits, in number bytes and in fp32, and the gradients of both. triton: a piece's logits in place,
+    torch: a piece's logits, in number bytes and in fp32, the gradients of both, and of the head for this piece and, of
+    several, for those before. triton: a piece's logits in place,
     and from forward to backward the gradients of rows and, in fp32, of the head, whose last product stands beside it.
     liger: logits of a chunk that it chooses after V / D, the gradients in number bytes. Nowhere all logits.
     """
@@ -160,4 +161,5 @@ def _loss(recipe: Recipe, tokens: int, number: int, head_is_trained: bool) -> in
     logits = lm.vocab_size * min(tokens, max(1, MAX_LOGITS[kernel] // lm.vocab_size))
     if kernel == "triton":
         return logits * number + rows + 2 * head * 4
-    return logits * (number + 4 + 4 + (number if number == 2 else 0))
+    sums = head * number * (1 if logits == tokens * lm.vocab_size else 2)
+    return logits * (number + 4 + 4 + (number if number == 2 else 0)) + sums

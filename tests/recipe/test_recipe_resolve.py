@@ -480,11 +480,13 @@ def test_predicted_memory_of_the_loss(load):
     def loss(*more):
         return predict(load(*pieces, *more), 1)["loss"]
 
-    assert loss() == loss("kernels=torch") == 152064 * (2**27 // 152064) * 12
-    assert loss("precision=fp32") == 152064 * (2**27 // 152064) * 12
-    few = predict(load("model.language_model=qwen2_7b_instruct"), 1)["loss"]
-    assert few == 152064 * 512 * 12  # fits into one piece
     head, rows = 152064 * 3584, 16384 * 3584 * 2
+    piece = 152064 * (2**27 // 152064) * 12
+    assert loss() == loss("kernels=torch") == piece + 2 * head * 2
+    assert loss("precision=fp32") == piece + 2 * head * 4
+    assert loss("train.language_model=frozen") == piece
+    few = predict(load("model.language_model=qwen2_7b_instruct"), 1)["loss"]
+    assert few == 152064 * 512 * 12 + head * 2  # fits into one piece
     assert loss("kernels=triton") == 152064 * (2**29 // 152064) * 2 + rows + 8 * head
     assert loss("kernels=triton", "train.language_model=frozen") == 152064 * (2**29 // 152064) * 2 + rows
     assert loss("kernels=liger") == 512 * 152064 * 6 + rows + 2 * head  # 16384 / 43 rows, to a power of 2
