@@ -140,7 +140,7 @@ def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def normalise(tiles: Tensor, dtype: torch.dtype) -> Tensor:
-    """u8[T, 3, px, px] -> dtype[T, 3, px, px]: `(tiles / 255 - mean) / std` in fp32, then cast, on the tiles' device."""
+    """u8[T, 3, px, px] -> dtype[T, 3, px, px]: `(tiles / 255 - mean) / std` in fp32 where the tiles are, then cast."""
     mean, std = _mean_and_std(tiles.device)
     return ((tiles.float() / 255 - mean) / std).to(dtype)
 

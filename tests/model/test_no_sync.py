@@ -32,7 +32,8 @@ WAITING = {
 class Refuses(TorchDispatchMode):
     """Notes every operation that would wait for a device; `repeat_interleave` with counts from a tensor too.
 
-    On a CPU tolist and numpy read memory without an operation, and cpu() does nothing, so those are caught by name.
+    On a CPU tolist and numpy read memory without an operation, and cpu() does nothing, so those are caught by name; so
+    is what makes a tensor of Python numbers, whose copy to a device waits.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +41,8 @@ class Refuses(TorchDispatchMode):
         self.waits: list[str] = []
         for name in ("tolist", "numpy", "cpu"):
             monkeypatch.setattr(torch.Tensor, name, self._noting(name, getattr(torch.Tensor, name)))
+        for name in ("tensor", "as_tensor", "from_numpy"):
+            monkeypatch.setattr(torch, name, self._noting(name, getattr(torch, name)))
 
     def _noting(self, name: str, method: Any) -> Any:
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -112,8 +115,10 @@ def test_nothing_between_forward_and_step_needs_a_value_on_the_host(
 ) -> None:
     model, tower = prepared(architecture, frozen)
     batch = batches(architecture)[which]
-    with lengths_on_the_device(monkeypatch), Refuses(monkeypatch) as mode:
-        micro_step(model, tower, batch)
+    with lengths_on_the_device(monkeypatch):
+        micro_step(model, tower, batch)  # the first call copies constants
+        with Refuses(monkeypatch) as mode:
+            micro_step(model, tower, batch)
     # On a CPU alone the head compares the count of labels that the collator gives with the labels (`LmHead.forward`).
     assert mode.waits == ["_local_scalar_dense"], mode.waits
 
@@ -123,7 +128,7 @@ def test_the_refusal_sees_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     for code in (
         lambda: x.sum().item(), lambda: bool(x[0] > 0), lambda: x.nonzero(), lambda: x[x > 0], lambda: x.tolist(),
         lambda: x.repeat_interleave(torch.tensor([1, 0, 2])), lambda: torch.equal(x, x), lambda: x.unique(),
-        lambda: x.cpu(),
+        lambda: x.cpu(), lambda: torch.tensor([1.0]),
     ):  # fmt: skip
         with monkeypatch.context() as patch, Refuses(patch) as mode:
             code()
