@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nvlm_train.engine.dist import World, gather
 from nvlm_train.engine.module_calls import ModuleCalls
-from nvlm_train.engine.optim import full_shape
+from nvlm_train.engine.optim import full_shape, is_8bit, make_state, read_8bit, set_step, write_8bit
 from nvlm_train.errors import NvlmError
 
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
@@ -372,11 +372,13 @@ def write_slices(engine: Engine, read: Callable[[str, str, int, int], Tensor], a
     """
     _prepare_optimizer_state(engine)
     for flat in _flat_masters(engine):  # a tensor each: one shared by all groups would be counted once per group
-        state = engine.deepspeed.basic_optimizer.state[flat]
-        state["step"] = torch.tensor(float(adam_step), dtype=torch.float32, device=state["step"].device)
+        set_step(engine.deepspeed.basic_optimizer.state[flat], adam_step)
+    in_8bit = is_8bit(engine.deepspeed.basic_optimizer)
     for name, parameter in engine.trainable():
-        for key in STATE_KEYS:
+        for key in STATE_KEYS[:1] if in_8bit else STATE_KEYS:
             _write_slice(engine, name, parameter, key, read)
+    if in_8bit:
+        _write_8bit_moments(engine, read)
     _forget_second_copies(engine.module)
     _refresh_model_weights(engine)
 
@@ -391,13 +393,12 @@ def _flat_masters(engine: Engine) -> list[Tensor]:
 def _prepare_optimizer_state(engine: Engine) -> None:
     """torch's AdamW makes its state in the first step; a state to read or fill must exist before."""
     base = engine.deepspeed.basic_optimizer
-    fused = base.param_groups[0].get("fused")
-    for flat in _flat_masters(engine):
-        state = base.state[flat]
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
-            state["exp_avg"] = torch.zeros_like(flat, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(flat, dtype=torch.float32)
+    for number, flat in enumerate(_flat_masters(engine)):
+        if engine.stage == 3:
+            group = base.param_groups[engine.optimizer.sub_group_to_group_id[number]]
+        else:
+            group = next(group for group in base.param_groups if any(flat is own for own in group["params"]))
+        make_state(base, group, flat)
     if engine.stage in (1, 2):
         # DeepSpeed links parameters to their moments once, in the first step, when only the first group has any
         engine.optimizer._hp_optimizer_states_linked = False
@@ -413,6 +414,9 @@ def _read_slice(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
     )
 
     begin, end = slice_bounds(full_shape(parameter).numel(), engine.world)
+    if engine.stage == 3 and key != "master" and is_8bit(engine.deepspeed.basic_optimizer):
+        flat, offset, _ = _place_in_flat(engine, parameter)
+        return read_8bit(engine.deepspeed.basic_optimizer.state[flat], key, offset, offset + end - begin)
     if engine.stage == 3:
         local = (
             safe_get_local_fp32_param(parameter) if key == "master" else safe_get_local_optimizer_state(parameter, key)
@@ -423,6 +427,28 @@ def _read_slice(engine: Engine, parameter: nn.Parameter, key: str) -> Tensor:
     else:
         full = safe_get_full_fp32_param(parameter) if key == "master" else safe_get_full_optimizer_state(parameter, key)
     return full.detach().flatten()[begin:end]
+
+
+def _place_in_flat(engine: Engine, parameter: Any) -> tuple[Tensor, int, int]:
+    """Stage 3: the flat master that holds this rank's part of a parameter, where in it, and how many elements."""
+    optimizer = engine.optimizer
+    number, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    return optimizer.fp32_partitioned_groups_flat[number], offset, length
+
+
+def _write_8bit_moments(engine: Engine, read: Callable[[str, str, int, int], Tensor]) -> None:
+    """One flat tensor after the other, whole, in host memory: blocks with one scale go across parameters."""
+    members: dict[Tensor, list[tuple[str, nn.Parameter, int]]] = {}
+    for name, parameter in engine.trainable():
+        flat, offset, _ = _place_in_flat(engine, parameter)
+        members.setdefault(flat, []).append((name, parameter, offset))
+    for flat, parts in members.items():
+        for key in STATE_KEYS[1:]:
+            values = torch.zeros(flat.numel(), dtype=torch.float32)
+            for name, parameter, offset in parts:
+                begin, end = slice_bounds(full_shape(parameter).numel(), engine.world)
+                values[offset : offset + end - begin] = read(name, key, begin, end)
+            write_8bit(engine.deepspeed.basic_optimizer.state[flat], key, values)
 
 
 def _write_slice(

@@ -6,6 +6,8 @@ allocator's slack, CUDA's context and NCCL's buffers (together 2 to 5 GiB on a G
 
 from __future__ import annotations
 
+import math
+
 from nvlm_train.recipe.schema import Recipe
 
 KINDS = (
@@ -25,6 +27,11 @@ KINDS = (
 
 # Bits a weight of bitsandbytes' NF4 with doubly quantised scales: 4, 8 for each 64, 32 for each 256 of those
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+# Logits held at once by the loss, in elements: more labelled rows go in pieces (nvlm_train/kernels)
+MAX_LOGITS = {"torch": 2**27, "triton": 2**29}
+LOSS_OF_AUTO = "torch"
+# Bytes of both moments of a parameter: fp32, or bitsandbytes' 8 bits with an fp32 scale for each 256
+MOMENT_BYTES, MOMENT_8BIT_BYTES = 8, 2 * (1 + 4 / 256)
 
 
 def predict_memory(
@@ -36,14 +43,14 @@ def predict_memory(
     optimizer steps of each, as `model.flops.trainable_parameters` gives them.
     weights: what the engine shares out (a frozen tower is replicated instead: `tower_replicated`), adapters included.
     gradients: fp32 accumulation; stage 1 in bf16 keeps those of the last micro-step in bf16 besides.
-    optimizer: fp32 master, exp_avg, exp_avg_sq (stage 0: the weights are the masters).
-    hpz_copy: the second copy of a share that hpZ keeps.
+    optimizer: fp32 master (stage 0: the weights are the masters) and both moments, as `optimizer.implementation` keeps
+    them. hpz_copy: the second copy of a share that hpZ keeps.
     gathered, buckets: what stage 3 holds whole at a time (of 4-bit weights: the largest, unpacked for its product), and
     what is in flight in a reduction. Whole are the module at work, and what is fetched ahead or kept for a use within
     max_reuse_distance (to and fro, so about half of that); `plan.trace` runs DeepSpeed's rules and finds 0 to 10 % less
     for the recipes here.
     activations: what stays until backward; recomputed_layer: the layer at work when they are recomputed.
-    loss: logits and their gradient when every token is labelled (fewer in practice).
+    loss: what the loss kernel of `kernels` holds when every token is labelled (fewer in practice), see `_loss`.
     """
     stage, ranks = recipe.zero.stage, world_size
     number = 2 if recipe.precision == "bf16" else 4
@@ -57,6 +64,7 @@ def predict_memory(
     def share(amount: int, from_stage: int) -> int:
         return -(-amount // ranks) if stage >= from_stage else amount
 
+    moments = MOMENT_8BIT_BYTES if recipe.optimizer.implementation == "adamw_8bit" else MOMENT_BYTES
     lm, vision = recipe.model.language_model, recipe.model.vision
     tokens = recipe.micro_batch_size * recipe.data.pack_tokens
     patches = (vision.image_size // vision.patch_size) ** 2
@@ -119,7 +127,7 @@ def predict_memory(
         "weights": share(inside - quantized, 3) * number + round(quantized * NF4_BITS / 8),
         "hpz_copy": -(-inside // hpz) * number if hpz > 1 else 0,
         "gradients": share(trainable, 2) * (6 if stage == 1 and number == 2 else 4),
-        "optimizer": share(trainable, 1) * (12 if stage else 8),
+        "optimizer": math.ceil(share(trainable, 1) * ((4 if stage else 0) + moments)),
         "tower_replicated": outside * number,
         "gathered": gathered * number
         if stage == 3 and ranks > 1
@@ -130,7 +138,7 @@ def predict_memory(
         * (4 if recipe.zero.communication_data_type == "fp32" else 2),
         "activations": kept + projector,
         "recomputed_layer": layer + crossing if recompute != "none" or not backward else 0,
-        "loss": tokens * lm.vocab_size * (number + 4 + 4 + (number if number == 2 else 0)),
+        "loss": _loss(recipe, tokens, number, trained["language_model"] and modes["language_model"] != "lora"),
         "vision_activations": tower,
     }
     offloaded = {
@@ -141,3 +149,26 @@ def predict_memory(
     host = sum(predicted[kind] for kind, where in offloaded.items() if where == "cpu")
     predicted |= {kind: 0 for kind, where in offloaded.items() if where != "none"}
     return {**predicted, "total": sum(predicted.values()), "host": host}
+
+
+def _loss(recipe: Recipe, tokens: int, number: int, head_is_trained: bool) -> int:
+    """Bytes of the loss at its peak, every token labelled.
+
+    torch: a piece's logits, in number bytes and in fp32, the gradients of both, and of the head for this piece and, of
+    several, for those before. triton: a piece's logits in place,
+    and from forward to backward the gradients of rows and, in fp32, of the head, whose last product stands beside it.
+    liger: logits of a chunk that it chooses after V / D, the gradients in number bytes. Nowhere all logits.
+    """
+    lm = recipe.model.language_model
+    kernel = LOSS_OF_AUTO if recipe.kernels == "auto" else recipe.kernels
+    head = lm.vocab_size * lm.hidden_size if head_is_trained else 0
+    rows = tokens * lm.hidden_size * number
+    if kernel == "liger":
+        chunk = -(-tokens // -(-lm.vocab_size // lm.hidden_size))
+        chunk = min(tokens, 1 << (chunk - 1).bit_length())
+        return chunk * lm.vocab_size * (number + 4) + rows + head * number
+    logits = lm.vocab_size * min(tokens, max(1, MAX_LOGITS[kernel] // lm.vocab_size))
+    if kernel == "triton":
+        return logits * number + rows + 2 * head * 4
+    sums = head * number * (1 if logits == tokens * lm.vocab_size else 2)
+    return logits * (number + 4 + 4 + (number if number == 2 else 0)) + sums

@@ -4,20 +4,26 @@
 
 and cross-attention of runs of tokens to ranges of a memory (`torch_cross_attention`).
 
-Two implementations with one signature: `torch_*` anywhere, `varlen_*` on CUDA. Query head n reads
-key/value head n // (N // K). Nothing of another segment enters a result or a gradient, not even with weight 0.
+Implementations with one signature: `torch_*` anywhere; on CUDA `varlen_*` (torch's own) and `flash_attn_*` (the
+flash-attn packages, versions 2, 3 and 4). Query head n reads key/value head n // (N // K). Nothing of another segment
+enters a result or a gradient, not even with weight 0.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nvlm_train.errors import SetupError
+from nvlm_train.kernels import FLASH_ATTN
 
 
 class _Pad(torch.autograd.Function):
@@ -212,3 +218,67 @@ def varlen_cross_attention(
     if out is None:
         return torch_cross_attention(q, k, v, cu_queries, cu_rows, max_queries, max_rows)
     return out
+
+
+@cache
+def _flash_attn_function(name: str) -> tuple[Callable[..., Any], frozenset[str]]:
+    function = importlib.import_module(FLASH_ATTN[name].module).flash_attn_varlen_func
+    return function, frozenset(inspect.signature(function).parameters)
+
+
+def _flash_attn(
+    name: str, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool
+) -> Tensor:
+    """A flash-attn package's variable-length attention. Positions differ between versions after the lengths (2:
+    dropout_p, 3 and 4: seqused_q), and 4 always returns the log-sums too, so all but q, k and v go by name.
+
+    q: [tokens, N, H]; k, v: [tokens, K, H]; cu_q, cu_k: i32[G+1] -> [tokens, N, H].
+    Raises SetupError for what it cannot do, because it was asked for by name.
+    """
+    head_size = q.shape[-1]
+    if q.dtype not in (torch.bfloat16, torch.float16) or head_size % 8 or head_size > FLASH_ATTN[name].max_head_size:
+        raise SetupError(
+            f"kernels: {name!r} takes bf16 and head sizes that are multiples of 8 up to "
+            f"{FLASH_ATTN[name].max_head_size}, but this model's attention is {str(q.dtype).removeprefix('torch.')} "
+            f"with head size {head_size}; use auto or torch"
+        )
+    function, parameters = _flash_attn_function(name)
+    lengths = {"max_seqlen_q": max_q, "max_seqlen_k": max_k}  # early versions of 4 find them out themselves
+    out = function(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        **{key: value for key, value in lengths.items() if key in parameters},
+        softmax_scale=head_size**-0.5,
+        causal=causal,
+    )
+    first: Tensor = out[0] if isinstance(out, tuple) else out  # [tokens, N, H]
+    return first
+
+
+def _flash_attn_attention(
+    name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool = True
+) -> Tensor:
+    """Arguments and result of `torch_attention`, after the package's name."""
+    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))  # [B*S, heads, H]
+    out = _flash_attn(name, flat_q, flat_k, flat_v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal)
+    return out.unflatten(0, q.shape[:2])  # [B, S, N, H]
+
+
+def _flash_attn_cross_attention(
+    name: str, q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_rows: Tensor, max_queries: int, max_rows: int
+) -> Tensor:
+    """Arguments and result of `torch_cross_attention`, after the package's name."""
+    if not max_queries:
+        return torch_cross_attention(q, k, v, cu_queries, cu_rows, max_queries, max_rows)
+    return _flash_attn(name, q, k, v, cu_queries, cu_rows, max_queries, max_rows, causal=False)
+
+
+flash_attn_2_attention = partial(_flash_attn_attention, "flash_attn_2")
+flash_attn_3_attention = partial(_flash_attn_attention, "flash_attn_3")
+flash_attn_4_attention = partial(_flash_attn_attention, "flash_attn_4")
+flash_attn_2_cross_attention = partial(_flash_attn_cross_attention, "flash_attn_2")
+flash_attn_3_cross_attention = partial(_flash_attn_cross_attention, "flash_attn_3")
+flash_attn_4_cross_attention = partial(_flash_attn_cross_attention, "flash_attn_4")

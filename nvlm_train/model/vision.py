@@ -7,7 +7,7 @@ output is the last layer's, without a final norm and without the class token. Pa
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -131,10 +131,17 @@ class InternVit(nn.Module):
         return self.encoder(self.embeddings(pixels))
 
 
+@cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """f32[1, 3, 1, 1] each. Copied to a device once: such a copy waits for all work that the device has."""
+    with torch.inference_mode(False):
+        made = [torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD)]
+    return made[0], made[1]
+
+
 def normalise(tiles: Tensor, dtype: torch.dtype) -> Tensor:
-    """u8[T, 3, px, px] -> dtype[T, 3, px, px]: `(tiles / 255 - mean) / std` in fp32, then cast."""
-    mean = torch.tensor(IMAGE_MEAN, device=tiles.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=tiles.device).view(1, 3, 1, 1)
+    """u8[T, 3, px, px] -> dtype[T, 3, px, px]: `(tiles / 255 - mean) / std` in fp32 where the tiles are, then cast."""
+    mean, std = _mean_and_std(tiles.device)
     return ((tiles.float() / 255 - mean) / std).to(dtype)
 
 

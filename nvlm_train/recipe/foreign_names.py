@@ -93,7 +93,10 @@ FOREIGN: tuple[Foreign, ...] = (
         "optimizer.max_grad_norm",
     ),
     Foreign(
-        ("optim", "optimizer_type"), _tools(_HF, _LF, _SWIFT, _AXO), "optimizer", "always AdamW; a section, not a name"
+        ("optim", "optimizer_type"),
+        _tools(_HF, _LF, _SWIFT, _AXO),
+        "optimizer.implementation",
+        "always AdamW; adamw_bnb_8bit and adamw_8bit are adamw_8bit",
     ),
     Foreign(
         ("max_seq_length", "max_length", "cutoff_len", "decoder_seq_length", "seq_length", "model_max_length"),
@@ -266,16 +269,14 @@ FOREIGN: tuple[Foreign, ...] = (
     ),
     Foreign(("zero_stage",), "DeepSpeed", "zero.stage"),
     Foreign(
-        (
-            "flash_attn",
-            "flash_attention",
-            "attn_impl",
-            "attn_implementation",
-            "use_liger_kernel",
-            "enable_liger_kernel",
-            "use_flash_attn",
-        ),
+        ("flash_attn", "flash_attention", "attn_impl", "attn_implementation", "use_flash_attn"),
         _tools(_LF, _AXO, _SWIFT, _IVL, _MEG),
+        "attention",
+        "auto, torch, varlen, flash_attn_2, 3 or 4",
+    ),
+    Foreign(
+        ("use_liger_kernel", "enable_liger_kernel"),
+        _tools(_LF, _AXO, _SWIFT),
         "kernels",
         "auto, torch, triton or liger",
     ),

@@ -917,6 +917,13 @@ class ModuleLr(Section):
 class Optimizer(Section):
     """AdamW. Weight decay is off for norms, biases and LayerScale."""
 
+    implementation: Literal["auto", "torch_fused", "deepspeed_fused", "deepspeed_cpu", "adamw_8bit"] = key(
+        "auto",
+        doc="auto: PyTorch's, fused on a GPU and where masters are offloaded. torch_fused: that, everywhere. "
+        "deepspeed_fused, deepspeed_cpu: DeepSpeed's, compiled at the first start; the latter for masters that are "
+        "offloaded. adamw_8bit: bitsandbytes', 2 bytes of moments a parameter instead of 8 (zero.stage 3).",
+        resume="ask",
+    )
     lr: Number = key(doc="Peak learning rate.", gt=0)
     module_lr: ModuleLr = key(ModuleLr(), doc="Peak learning rates by module.")
     betas: list[Number] = key([0.9, 0.95], doc="AdamW's two betas.", min_length=2, max_length=2)
@@ -1308,8 +1315,15 @@ class Recipe(Section):
     )
     kernels: Literal["auto", "torch", "triton", "liger"] = key(
         "auto",
-        doc="auto: the fastest that runs here. torch: plain PyTorch. triton: our own kernels, or an error where they "
-        "cannot run; liger: Liger's loss, the others as auto.",
+        doc="auto: the best that has run on a GPU; today plain PyTorch and its own flash attention. torch: plain "
+        "PyTorch. triton: our own kernels, or an error where they cannot run; liger: Liger's loss, the others as auto.",
+        resume="free",
+    )
+    attention: Literal["auto", "torch", "varlen", "flash_attn_2", "flash_attn_3", "flash_attn_4"] = key(
+        "auto",
+        doc="The decoder's attention and cross-attention. auto: what kernels says. torch: PyTorch's, segment by "
+        "segment. varlen: PyTorch's variable-length flash attention. flash_attn_2, 3, 4: of the flash-attn packages. "
+        "An error where it cannot run.",
         resume="free",
     )
     zero: Zero = key(Zero(), doc="DeepSpeed ZeRO.", resume="free")
@@ -1318,6 +1332,13 @@ class Recipe(Section):
     log: Log = key(Log(), doc="Console, wandb, tensorboard.", resume="free")
     distributed: Distributed = key(Distributed(), doc="Time limits of a run on several ranks.", resume="free")
     debug: Debug = key(Debug(), doc="Checks that cost time.", resume="free")
+
+    @property
+    def kernel_choice(self) -> str:
+        """`kernels` and `attention` as `nvlm_train.kernels.select` takes them."""
+        if self.attention == "auto":
+            return self.kernels
+        return self.attention if self.kernels == "auto" else f"{self.attention}+{self.kernels}"
 
     @property
     def tower_is_replicated(self) -> bool:
@@ -1357,6 +1378,32 @@ class Recipe(Section):
                 )
             )
         problems += self._modules_misfits()
+        implementation, offloaded = self.optimizer.implementation, self.zero.offload_optimizer != "none"
+        if implementation == "deepspeed_cpu" and not offloaded:
+            problems.append(
+                (
+                    "optimizer.implementation",
+                    "steps masters in host memory, but zero.offload_optimizer is none; set it to cpu, or use auto",
+                )
+            )
+        if implementation in ("deepspeed_fused", "adamw_8bit") and offloaded:
+            problems.append(
+                (
+                    "optimizer.implementation",
+                    "steps masters on the GPU, but zero.offload_optimizer is cpu; use deepspeed_cpu or auto, or "
+                    "zero.offload_optimizer=none",
+                )
+            )
+        if implementation == "adamw_8bit" and self.zero.stage != 3:
+            problems.append(
+                (
+                    "optimizer.implementation",
+                    f"was made to fit zero.stage 3 alone, on any number of ranks, but zero.stage is {self.zero.stage}; "
+                    "use zero.stage=3, or auto",
+                )
+            )
+        if self.attention not in ("auto", "torch") and self.precision == "fp32":
+            problems.append(("attention", "is flash attention, which takes bf16, but precision is fp32; use torch"))
         if self.zero.stage == 0 and self.precision == "bf16":
             problems.append(
                 ("zero.stage", "has no fp32 masters for bf16 weights in DeepSpeed; use zero.stage=1 or precision=fp32")

@@ -118,7 +118,7 @@ def first_screen(
     counts, trainable = resolved.parameters["total"], resolved.parameters["trainable"]
     batch, memory = resolved.batch, dict(resolved.memory)
     total, host = memory.pop("total"), memory.pop("host")
-    kernels = select(recipe.kernels, device.split(":")[0])
+    kernels = select(recipe.kernel_choice, device.split(":")[0])
     facts: dict[str, str | list[str]] = {
         "recipe": f"{recipe.run_name}  hash {resolved.recipe_hash}",
         "code": [

@@ -32,7 +32,7 @@ from nvlm_train.recipe.resolve import Resolved, recipe_to_dict, resolve
 from nvlm_train.recipe.schema import Recipe
 from nvlm_train.train import announce, nonfinite, oom, run_lock, state, step
 from nvlm_train.train.branch import Branch, check_base, check_reached
-from nvlm_train.train.metrics import Clock, Console, MetricsFile, Sink, open_sinks, peak_memory_gib
+from nvlm_train.train.metrics import Clock, Console, MetricsFile, Sink, compare_memory, open_sinks, peak_memory_gib
 from nvlm_train.train.rehearsal import plan_rehearsal, rehearse
 from nvlm_train.train.saving import Saver
 from nvlm_train.train.stop import StopRequest
@@ -236,6 +236,7 @@ def _run(
     clock, waits = Clock(world.device), step.Waits()
     stragglers = Stragglers(dist.gather(world, platform.node()))
     since, tokens, tiles = time.monotonic(), 0, 0  # of the steps since the last line of metrics
+    memory_told = False
     collectives = CollectiveWait(world.device)
     collectives.install()
     try:
@@ -291,6 +292,10 @@ def _run(
                     }
                     record["time"] = {part: round(value, 4) for part, value in spent.items()}
                     record["peak_memory_gib"] = round(peak_memory_gib(world.device), 3)
+                    if not memory_told:
+                        record["memory"], text = compare_memory(world.device, resolved.memory["total"])
+                        console.say(text)
+                        memory_told = True
                     if skipped:
                         record["skipped"] = True
                     if times:

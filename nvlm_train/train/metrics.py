@@ -72,6 +72,25 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
+def compare_memory(device: torch.device, predicted: int) -> tuple[dict[str, Any], str]:
+    """Predicted and measured peak side by side: (for the record, a line for the console).
+
+    predicted: bytes per rank, of a GPU (`engine.memory`). On a CPU there is nothing to compare it with: the process's
+    peak has libraries, data and what was freed in it.
+    """
+    measured, ours = peak_memory_gib(device), predicted / 2**30
+    record: dict[str, Any] = {"predicted_gib": round(ours, 3), "measured_gib": round(measured, 3)}
+    if device.type != "cuda":
+        record["measured"] = "peak of the process"
+        text = (
+            f"memory: {ours:.2f} GiB predicted for a GPU; on this CPU the process's peak, libraries and data included, "
+        )
+        return record, text + f"is {measured:.2f} GiB, which does not measure it"
+    record["measured"] = "peak of the GPU's allocator"
+    off = f" ({measured / ours - 1:+.0%})" if ours else ""
+    return record, f"memory: {ours:.2f} GiB predicted, {measured:.2f} GiB at the peak so far{off}"
+
+
 class MetricsFile:
     """RUN/metrics.jsonl: one line a record, in the order of steps, none twice."""
 

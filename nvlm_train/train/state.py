@@ -23,7 +23,7 @@ from nvlm_train.data.windows import Stretch
 from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
 from nvlm_train.engine.node import ReadOncePerNode
-from nvlm_train.engine.optim import build_optimizer, full_shape, module_of, parameter_groups
+from nvlm_train.engine.optim import build_optimizer, check_implementation, full_shape, module_of, parameter_groups
 from nvlm_train.errors import CheckpointError, DataError, RecipeError
 from nvlm_train.hub import local_folder
 from nvlm_train.kernels import select
@@ -389,7 +389,8 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
     """
     dtype = DTYPES[recipe.precision]
     four_bits = recipe.train.quantize == "nf4"
-    select(recipe.kernels, world.device.type)  # a choice that cannot run here is refused before anything is loaded
+    select(recipe.kernel_choice, world.device.type)  # what cannot run here is refused before anything is loaded
+    check_implementation(recipe.optimizer.implementation, world.device.type)
     began = time.monotonic()
     with ReadOncePerNode(weights, world, recipe.distributed.timeout_s) as shared:
         tower = None
@@ -403,7 +404,7 @@ def build(recipe: Recipe, resolved: Resolved, world: dist.World, weights: Weight
                 with_vision=tower is None,
                 activation_checkpointing=recipe.activation_checkpointing,
                 tiles_per_chunk=recipe.vision_tiles_per_chunk,
-                kernels=recipe.kernels,
+                kernels=recipe.kernel_choice,
             )
             draws = lora.add_adapters(model, recipe.model, recipe.train)
         for name, parameter in model.named_parameters():
@@ -439,7 +440,7 @@ def _first(
 
 def _frozen_tower(recipe: Recipe, weights: Weights, dtype: torch.dtype, device: torch.device) -> InternVit:
     with torch.device("meta"):
-        tower = InternVit(recipe.model.vision, kernels=recipe.kernels)
+        tower = InternVit(recipe.model.vision, kernels=recipe.kernel_choice)
     tower.to(dtype)  # still on meta: in memory only once, in its own type
     tower.to_empty(device=device)
     slice_of, write = lambda parameter: None, lambda parameter, value: parameter.data.copy_(value)

@@ -80,6 +80,7 @@ def segments(batch: Batch) -> dict[SampleRef, tuple[bytes, ...]]:
         tiles = batch.tiles[mine[0] // IMAGE_TOKENS : mine[-1] // IMAGE_TOKENS + 1] if mine else batch.tiles[:0]
         found[next(samples)] = (ids.numpy().tobytes(), labels.numpy().tobytes(), tiles.numpy().tobytes())
     assert next(samples, None) is None
+    assert batch.tiles.dtype == torch.uint8 and batch.tiles.shape[1:] == (3, TILE, TILE)
     assert slots == list(range(len(batch.tiles) * IMAGE_TOKENS))
     assert batch.num_trained_tokens == int((batch.labels != IGNORE_INDEX).sum())
     return found

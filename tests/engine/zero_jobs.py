@@ -56,6 +56,7 @@ def start(
     architecture: str = "nvlm_d",
     gate: float = 0.5,
     kernels: str = "auto",
+    implementation: str = "auto",
     **zero_keys: Any,
 ) -> tuple[zero.Engine, InternVit | None, dist.World]:
     world = dist.start(resolve_launch(), timeout_s=240)
@@ -83,7 +84,10 @@ def start(
         value = seeded_value(name, tuple(full_shape(parameter)), seed, gate)
         part = slice_of(parameter)
         write(parameter, value if part is None else value.flatten()[part[0] : part[1]])
-    optimizer = schema.Optimizer(lr=lr or 1.0, weight_decay=0.1, betas=[0.9, 0.95])  # the rates below are what counts
+    # the rates below are what counts
+    optimizer = schema.Optimizer.model_validate(
+        {"lr": lr or 1.0, "weight_decay": 0.1, "betas": [0.9, 0.95], "implementation": implementation}
+    )
     rates = {"vision": lr, "projector": lr * 2, "cross_attention": lr * 3, "language_model": lr}
     groups = parameter_groups(model.named_parameters(), optimizer, rates)
     offloaded = "offload_optimizer" in settings["zero_optimization"]
@@ -303,7 +307,14 @@ def _join_memory(batches: list[Batch]) -> Memory | None:
 
 
 def save_and_restore(
-    *, rank: int, world_size: int, folder: str, stage: int, precision: str, restore_only: bool = False
+    *,
+    rank: int,
+    world_size: int,
+    folder: str,
+    stage: int,
+    precision: str,
+    restore_only: bool = False,
+    implementation: str = "auto",
 ) -> dict[str, Any]:
     """Three steps, a checkpoint, three more; then the checkpoint into a fresh engine and the same three again."""
     run, out = Path(folder), {}
@@ -326,7 +337,7 @@ def save_and_restore(
         return losses
 
     if not restore_only:
-        engine, tower, world = start(stage=stage, precision=precision)
+        engine, tower, world = start(stage=stage, precision=precision, implementation=implementation)
         train(engine, tower, world, range(3))
         shapes = {name: tuple(full_shape(p)) for name, p in engine.trainable()}
         checkpoint.save(
@@ -335,7 +346,9 @@ def save_and_restore(
         )  # fmt: skip
         out["uninterrupted"] = train(engine, tower, world, range(3, 6))
         out["state_uninterrupted"] = full_state(engine, world)
-    engine, tower, world = start(stage=stage, precision=precision, seed=8)
+        states = engine.deepspeed.basic_optimizer.state.values()
+        out["moments"] = {t.dtype for state in states for t in state.values() if isinstance(t, torch.Tensor)}
+    engine, tower, world = start(stage=stage, precision=precision, seed=8, implementation=implementation)
     if tower is not None:  # the frozen tower comes from the base weights, not from the checkpoint
         tower = start(stage=0 if precision == "fp32" else 1, precision=precision)[1]
     opened = checkpoint.Checkpoint(run)

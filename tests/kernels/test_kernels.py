@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from nvlm_train import kernels
+from nvlm_train.engine import memory
 from nvlm_train.errors import SetupError
-from nvlm_train.kernels import attention
+from nvlm_train.kernels import attention, linear_cross_entropy
 from nvlm_train.model.attention import packed_attention
 
 torch.set_num_threads(1)
@@ -117,11 +119,35 @@ def test_auto_on_the_cpu_is_torch_with_the_reason() -> None:
     assert kernels.chosen("attention", "auto", "cpu") is attention.torch_attention
 
 
-def test_triton_is_taken_on_cuda_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for, the ops that have no Triton kernel are chosen as by auto; not installed, it is refused by name."""
+def test_a_kernel_that_no_gpu_has_run_is_not_taken_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither ours nor Liger's behind our head; once measured, it is taken."""
     pytest.importorskip("triton", reason="triton is not installed")
-    taken = kernels.select("auto", "cuda")
-    assert all(taken[op][0] == "triton" for op in kernels.KERNELS if "attention" not in op)
+    for op, implementations in kernels.KERNELS.items():
+        name, reason = kernels.select("auto", "cuda")[op]
+        assert implementations[name].measured
+        if "triton" in implementations:
+            assert name == "torch" and "not triton: not yet run on a GPU; ask for it: kernels: triton" in reason
+            assert kernels.select("triton", "cuda")[op][0] == "triton"
+    loss = kernels.KERNELS["linear_cross_entropy"]
+    monkeypatch.setitem(loss, "triton", dataclasses.replace(loss["triton"], measured=True))
+    kernels._select.cache_clear()
+    try:
+        taken = kernels.select("auto", "cuda")
+        assert taken["linear_cross_entropy"][0] == "triton" and taken["rms_norm"][0] == "torch"
+    finally:
+        kernels._select.cache_clear()
+
+
+def test_memory_is_predicted_for_the_loss_that_is_taken() -> None:
+    for name, most in memory.MAX_LOGITS.items():
+        own = {"torch": linear_cross_entropy.MAX_LOGITS, "triton": linear_cross_entropy.MAX_TRITON_LOGITS}[name]
+        assert most == own
+    assert kernels.select("auto", "cuda")["linear_cross_entropy"][0] == memory.LOSS_OF_AUTO
+
+
+def test_triton_asked_for_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ops that have no Triton kernel are chosen as by auto; not installed, it is refused by name."""
+    pytest.importorskip("triton", reason="triton is not installed")
     asked = kernels.select("triton", "cuda")
     assert asked["linear_cross_entropy"][1].endswith("asked for")
     assert asked["attention"][0] == "varlen" and "attention has no triton" in asked["attention"][1]
@@ -156,7 +182,8 @@ def test_auto_without_varlen_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_choice_that_is_unknown_or_cannot_run_is_refused() -> None:
-    with pytest.raises(SetupError, match="'tritn' is not known; known are auto, liger, torch, triton, varlen"):
+    known = "auto, flash_attn_2, flash_attn_3, flash_attn_4, liger, torch, triton, varlen"
+    with pytest.raises(SetupError, match=f"'tritn' is not known; known are {known}"):
         kernels.select("tritn", "cpu")
     with pytest.raises(SetupError, match="'varlen' was asked for attention, but runs on cuda only, this is cpu"):
         kernels.select("varlen", "cpu")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from model_cases import VISION, at_most, gradients, largest_difference, make_config, randomise, worst
-from nvlm_train.model.vision import InternVit, encode_tiles, normalise
+from nvlm_train.model import vision
+from nvlm_train.model.vision import IMAGE_MEAN, IMAGE_STD, InternVit, encode_tiles, normalise
 from nvlm_train.recipe import schema
 
 torch.set_num_threads(1)
@@ -115,6 +117,33 @@ def test_normalise_is_imagenets() -> None:
     pixels = normalise(tiles, torch.float32)
     assert abs(float(pixels[0, 0, 0, 0]) - (1 - 0.485) / 0.229) < 1e-6
     assert abs(float(pixels[0, 2, 1, 1]) + 0.406 / 0.225) < 1e-6
+
+
+def test_normalising_on_the_device_is_normalising_on_the_host() -> None:
+    """Every value of every channel, bit for bit in fp32, against numpy, which is what a host would do."""
+    tiles = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
+    mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    host = torch.from_numpy((tiles.numpy().astype(np.float32) / np.float32(255) - mean) / std)
+    assert torch.equal(normalise(tiles, torch.float32), host)
+    assert torch.equal(normalise(tiles, torch.bfloat16), host.bfloat16())
+    if torch.cuda.is_available():  # not yet run on a GPU
+        assert torch.equal(normalise(tiles.cuda(), torch.float32).cpu(), host)
+
+
+def test_only_a_chunk_is_ever_normalised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles stay bytes until their chunk's turn, on a tower without gradients in bf16: nothing grows with T but bytes
+    and features."""
+    seen: list[tuple[torch.dtype, int, torch.dtype]] = []
+
+    def noted(tiles: Tensor, dtype: torch.dtype) -> Tensor:
+        seen.append((tiles.dtype, len(tiles), dtype))
+        return normalise(tiles, dtype)
+
+    monkeypatch.setattr(vision, "normalise", noted)
+    tower = counting_tower(False).bfloat16()
+    features = encode_tiles(tower, torch.zeros(5, 3, 28, 28, dtype=torch.uint8), torch.bfloat16, tiles_per_chunk=2)
+    assert [(dtype, count) for dtype, count, _ in seen] == [(torch.uint8, n) for n in (2, 2, 1)]
+    assert {made for *_, made in seen} == {torch.bfloat16} and features.grad_fn is None and not features.requires_grad
 
 
 class Counting(InternVit):

@@ -109,7 +109,7 @@ def test_the_hash_survives_json_and_python_versions(load):
     recipe = load()
     assert Recipe.model_validate(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
     # a golden value: it changes with every new key that is not free
-    assert recipe_hash(recipe) == "38310a2d4373f73e"
+    assert recipe_hash(recipe) == "4cff5860cdece8f3"
 
 
 # -------------------------------------------------------------------------------------------------------------- resume
@@ -358,6 +358,22 @@ print("understood", len(json.loads(sys.argv[1])))
         (["zero.offload_param=cpu"], r"zero\.offload_param: 'cpu' needs the optimizer beside it"),
         (["zero.offload_optimizer=nvme"], r"zero\.offload_optimizer: 'nvme' is not supported: DeepSpeed keeps"),
         (
+            ["optimizer.implementation=deepspeed_cpu"],
+            r"implementation: 'deepspeed_cpu' steps masters in host memory",
+        ),
+        (
+            ["optimizer.implementation=adamw_8bit", "zero.offload_optimizer=cpu"],
+            r"implementation: 'adamw_8bit' steps masters on the GPU, but zero\.offload_optimizer is cpu",
+        ),
+        (
+            ["optimizer.implementation=adamw_8bit", "zero.stage=2"],
+            r"implementation: 'adamw_8bit' was made to fit zero\.stage 3 alone",
+        ),
+        (
+            ["attention=flash_attn_2", "precision=fp32"],
+            r"attention: 'flash_attn_2' is flash attention, which takes b",
+        ),
+        (
             ["zero.stage=1", "zero.experimental.hpz_partition_size=2"],
             r"hpz_partition_size: 2 needs weights",
         ),
@@ -432,6 +448,9 @@ def test_predicted_states_by_hand(load):
     assert partitioned["tower_replicated"] == 0
     assert partitioned["weights"] == 2 * -(-(inside + parameters["vision"]) // 4)
     assert (partitioned["gradients"], partitioned["optimizer"]) == (memory["gradients"], memory["optimizer"])
+    # fp32 masters, and two moments of 8 bits with an fp32 scale for each 256
+    small = predict(load("micro_batch_size=2", "optimizer.implementation=adamw_8bit"), 4)
+    assert small["optimizer"] == -(-share * (4 + 2 + 8 / 256) // 1)
     # what is offloaded is in the host's memory
     moved = predict(load("micro_batch_size=2", "zero.offload_optimizer=cpu"), 4)
     assert (moved["optimizer"], moved["gradients"], moved["host"]) == (0, 0, 16 * share)
@@ -453,6 +472,25 @@ def test_predicted_activations_of_nvlm_x_by_hand(load):
     assert memory["recomputed_layer"] == decoder + crossing
     wide = predict(load(*x, "model.cross_attention.feed_forward=true"), 1)
     assert wide["activations"] == 3 * (decoder + crossing + 512 * (2 * 48 + 4 * 80) * 2) + projector + ends
+
+
+def test_predicted_memory_of_the_loss(load):
+    """Never all logits: 16,384 tokens of 152,064 would be 30 GB in plain PyTorch. Head of 152064 x 3584."""
+    pieces = ("model.language_model=qwen2_7b_instruct", "micro_batch_size=32")  # 512 tokens each
+
+    def loss(*more):
+        return predict(load(*pieces, *more), 1)["loss"]
+
+    head, rows = 152064 * 3584, 16384 * 3584 * 2
+    piece = 152064 * (2**27 // 152064) * 12
+    assert loss() == loss("kernels=torch") == piece + 2 * head * 2
+    assert loss("precision=fp32") == piece + 2 * head * 4
+    assert loss("train.language_model=frozen") == piece
+    few = predict(load("model.language_model=qwen2_7b_instruct"), 1)["loss"]
+    assert few == 152064 * 512 * 12 + head * 2  # fits into one piece
+    assert loss("kernels=triton") == 152064 * (2**29 // 152064) * 2 + rows + 8 * head
+    assert loss("kernels=triton", "train.language_model=frozen") == 152064 * (2**29 // 152064) * 2 + rows
+    assert loss("kernels=liger") == 512 * 152064 * 6 + rows + 2 * head  # 16384 / 43 rows, to a power of 2
 
 
 def test_memory_of_the_full_size_is_that_of_the_table():

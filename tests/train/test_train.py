@@ -53,6 +53,9 @@ def test_a_run_records_what_happened(whole: Path) -> None:
         assert record["lr"]["projector"] == pytest.approx(2 * record["lr"]["language_model"])
         assert "vision" not in record["lr"]
         assert sum(record["share"].values()) == pytest.approx(1)
+        assert ("memory" in record) == (record["step"] == 1)  # in the first line
+    assert records[0]["memory"].keys() == {"predicted_gib", "measured_gib", "measured"}
+    assert records[0]["memory"]["measured"] == "peak of the process" and records[0]["memory"]["predicted_gib"] > 0
     rates = [record["lr"]["language_model"] for record in records]
     assert rates[0] == pytest.approx(1.5e-3) and rates[1] == pytest.approx(3e-3)  # warm-up of 2 steps
     assert rates[-1] == pytest.approx(3e-4) and all(a > b for a, b in zip(rates[1:], rates[2:], strict=False))
