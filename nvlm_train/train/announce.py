@@ -141,6 +141,7 @@ def first_screen(
             *expected_step(plan),
         ],
         "data": data_lines(plan),
+        "optimizer": "AdamW: " + recipe.optimizer.implementation.replace("auto", "auto (PyTorch's)"),
         "memory": [
             f"{_bytes(total)} predicted per rank" + (f", {_bytes(host)} more in host memory" if host else ""),
             ", ".join(f"{kind} {_bytes(size)}" for kind, size in memory.items() if size),

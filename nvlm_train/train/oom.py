@@ -75,8 +75,8 @@ def knobs(recipe: Recipe, predicted: Mapping[str, int], world_size: int) -> list
     elif recipe.data.pack_tokens > recipe.data.max_tokens_per_sample:
         smaller = max(recipe.data.pack_tokens // 2, recipe.data.max_tokens_per_sample)
         offer(
-            predicted["activations"] + predicted["recomputed_layer"] + predicted["loss"],
-            f"data.pack_tokens={smaller} (a run that has begun needs --accept data.pack_tokens): activations and loss",
+            predicted["activations"] + predicted["recomputed_layer"],
+            f"data.pack_tokens={smaller} (a run that has begun needs --accept data.pack_tokens): activations",
         )
     if recipe.vision_tiles_per_chunk > 1:
         offer(
