@@ -21,6 +21,7 @@ if [[ -n "${SLURM_ARRAY_JOB_ID:-}" ]]; then JOB_NAME_FOR_SCONTROL=${SLURM_ARRAY_
 RESTART=${SLURM_RESTART_COUNT:-0}
 ATTEMPT=$JOB.$RESTART
 NODES=${SLURM_JOB_NUM_NODES:-1}
+# shellcheck disable=SC2034 # read by train.sbatch
 FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 job_field() { # NAME: what Slurm knows of this job, such as JobState
@@ -106,6 +107,13 @@ here() {
     else
         ${INSIDE[@]+"${INSIDE[@]}"} "$PYTHON" "$@"
     fi
+}
+
+# Runs Python as a step of one task, so that Slurm accounts for it and scancel reaches it.
+one_step() {
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # not inherited by srun since 22.05
+    srun --nodes=1 --ntasks=1 --input=none ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} \
+        ${INSIDE[@]+"${INSIDE[@]}"} "$PYTHON" "$@"
 }
 
 # RECIPE [k=v ...] KEY: one value of a recipe, in which every mistake is found first
