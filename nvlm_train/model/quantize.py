@@ -52,6 +52,9 @@ def hold_in_nf4(model: nn.Module, device: torch.device, dtype: torch.dtype) -> C
         four.weight = layer.weight  # a placeholder with the shape of the weight
         four.bias = layer.bias
         four.requires_grad_(False)
+        # On CPUs with AVX512-BF16 the first product outside training would repack the weight for good, which some
+        # widths do not allow, and training would go on with other arithmetic: validation would change it.
+        four.support_avx512bf16_for_cpu = False
         setattr(parent, name, four)
         owner[id(four.weight)] = four
     _make_real(model, set(owner), device, dtype)

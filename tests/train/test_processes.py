@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from nvlm_train import checkpoint
+from nvlm_train.attempts import past_attempts
 from runs import metrics, trajectory, validations, write_inputs
 
 
@@ -86,6 +88,12 @@ def test_torchrun_passes_signals_on_and_all_ranks_save(inputs: Path, tmp_path: P
     (saved,) = checkpoint.committed_steps(out)
     assert f"stopped after step {saved} of 500: asked by {name}" in log.read_text()
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks), "a rank was left behind"
+    (attempt,) = past_attempts(out)
+    assert attempt.end is not None and attempt.end["outcome"] == "stopped" and attempt.end["reason"] == name
+    assert attempt.end["last_step"] == attempt.end["saved_step"] == saved and attempt.begin["world_size"] == 2
+    assert not (out / "DONE").exists()
+    folder = out / "attempts" / attempt.name
+    assert "stopped after step" in (folder / "rank_0.log").read_text() and (folder / "rank_1.log").is_file()
 
 
 def test_alone_is_a_world_of_one_and_user_errors_have_no_traceback(inputs: Path, tmp_path: Path) -> None:
@@ -101,6 +109,9 @@ def test_alone_is_a_world_of_one_and_user_errors_have_no_traceback(inputs: Path,
     assert "the run ends in the warm-up, at step 2" in done.stderr  # what `recipe check` warns of
     assert "wandb is offline" in done.stderr and list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    (attempt,) = past_attempts(tmp_path / "run")
+    assert attempt.end is not None and attempt.end["outcome"] == "done" and attempt.last_step == 2
+    assert json.loads((tmp_path / "run" / "DONE").read_text())["attempt"] == attempt.name
     done = subprocess.run(
         [*alone, f"output_dir={tmp_path / 'other'}", "tokenizer.path=nowhere"],
         capture_output=True,
