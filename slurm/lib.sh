@@ -19,7 +19,7 @@ JOB=${SLURM_JOB_ID:?is started by sbatch, not by hand: sbatch slurm/train.sbatch
 JOB_NAME_FOR_SCONTROL=$JOB
 if [[ -n "${SLURM_ARRAY_JOB_ID:-}" ]]; then JOB_NAME_FOR_SCONTROL=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 RESTART=${SLURM_RESTART_COUNT:-0}
-ATTEMPT=$JOB.$RESTART
+export NVLM_ATTEMPT=$JOB_NAME_FOR_SCONTROL.$RESTART # the folder in RUN/attempts
 NODES=${SLURM_JOB_NUM_NODES:-1}
 # shellcheck disable=SC2034 # read by train.sbatch
 FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -116,14 +116,25 @@ one_step() {
         ${INSIDE[@]+"${INSIDE[@]}"} "$PYTHON" "$@"
 }
 
-# RECIPE [k=v ...] KEY: one value of a recipe, in which every mistake is found first
-recipe_value() {
-    local key=${*: -1}
-    here -m nvlm_train recipe show "${@:1:$#-1}" --json |
-        here -c 'import json, sys; print(json.load(sys.stdin)["values"].get(sys.argv[1], {}).get("value") or "")' "$key"
+# RECIPE [k=v ...]: sets RUN to its output_dir and MAX_STEPS; every mistake in the recipe is found here.
+read_recipe() {
+    local found
+    found=$(here -m nvlm_train recipe show "$@" --json) || return 2
+    # shellcheck disable=SC2034 # read by the scripts
+    { read -r RUN && read -r MAX_STEPS; } < <(here -c 'import json, sys
+values = json.load(sys.stdin)["values"]
+for key in ("output_dir", "max_steps"):
+    print(values.get(key, {}).get("value") or "")' <<<"$found")
+    [[ -n "$RUN" ]]
 }
 
-is_done() { [[ -e "$1/DONE" ]]; }
+# RUN [MAX_STEPS]: whether a run has reached its end, and this number of steps where one is given.
+is_done() {
+    local step
+    [[ -e "$1/DONE" ]] || return 1
+    step=$(tr -d ' \n' <"$1/DONE" | sed -n 's/.*"step":\([0-9]*\).*/\1/p')
+    [[ -z "${2:-}" || -z "$step" ]] || ((step >= $2))
+}
 
 # The run that must be complete before this job may start: a chain that broke ends here.
 after_the_one_before() {
@@ -133,7 +144,7 @@ after_the_one_before() {
 }
 
 first_lines() {
-    say "job $ATTEMPT on $NODES node(s): $SLURM_JOB_NODELIST; in $NVLM_HOME"
+    say "job $NVLM_ATTEMPT on $NODES node(s): $SLURM_JOB_NODELIST; in $NVLM_HOME"
     say "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)$(git diff --quiet HEAD 2>/dev/null || echo ', changed')"
     say "until $(job_field EndTime); site ${NVLM_SITE:-none}; python ${NVLM_CONTAINER:-$PYTHON}"
 }

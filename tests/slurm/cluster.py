@@ -1,6 +1,6 @@
 """A real Slurm of a few nodes on this machine, without systemd, for tests: two nodes idle in about a second.
 
-    with Cluster(folder, nodes=2) as cluster:
+    with Cluster(folder, nodes=2).start() as cluster:
         job = cluster.sbatch("slurm/train.sbatch", "recipe.yaml", nodes=2)
         cluster.power_cut("node2")
 
@@ -78,7 +78,7 @@ def has_namespaces() -> bool:
 
 
 class Cluster:
-    """A running cluster. Use as a context manager, or call `close`."""
+    """A cluster; `start` it, and use it as a context manager or call `close`."""
 
     def __init__(self, folder: Path, nodes: int = 2, *, gpus: int = 8, plain: bool = False) -> None:
         self.folder = folder
@@ -94,12 +94,16 @@ class Cluster:
             if name.startswith(("SLURM_", "SBATCH_", "SRUN_", "NVLM_")) and name != "SLURM_CONF":
                 del self.env[name]
 
-    def __enter__(self) -> Cluster:
+    def start(self) -> Cluster:
+        """Returns when all nodes are idle. Raises NoCluster, with nothing left behind."""
         try:
             self._start()
         except BaseException:
             self.close()
             raise
+        return self
+
+    def __enter__(self) -> Cluster:
         return self
 
     def __exit__(

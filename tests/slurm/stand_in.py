@@ -1,0 +1,68 @@
+"""In the place of the trainer where a test is about Slurm and the scripts: a second instead of fifteen to start.
+
+It takes the trainer's arguments and keeps to what the scripts see of it: RUN/attempts, step_N/COMMITTED, DONE, a save
+and exit 0 when asked, exit codes. Rank 0 does the steps (0.1 s each, a checkpoint every 5); the others wait for it.
+STAND_IN says what goes wrong: `crash` rank 1 ends with 3 at once; `deaf` nobody heeds a signal; `recipe` exit code 2;
+`idle` the first start does 10 steps and then nothing until it is asked to stop.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from nvlm_train.attempts import Attempt, attempt_name, newest_step
+from nvlm_train.recipe.load import load_recipe
+
+
+def main() -> int:
+    words = sys.argv[sys.argv.index("train") + 1 :]
+    recipe = load_recipe(words[0], words[1:]).recipe
+    run, rank, fault = Path(recipe.output_dir), int(os.environ["SLURM_PROCID"]), os.environ.get("STAND_IN", "")
+    assert recipe.max_steps is not None
+    asked: list[str] = []
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
+    if fault == "crash" and rank == 1:
+        return 3
+    if fault == "recipe":
+        return 2
+    end = run / "attempts" / attempt_name() / "end.json"
+    if rank:
+        while not end.exists():
+            time.sleep(0.05)
+        return 0
+    attempt = Attempt(run, rank)
+    step = newest_step(run)
+    attempt.begin({}, step)
+    note(run, f"{attempt_name()} from {step} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+    while step < recipe.max_steps:
+        time.sleep(0.1)
+        idle = fault in ("idle", "deaf") and step == 10 and not os.environ.get("SLURM_RESTART_COUNT")
+        if idle and (fault == "deaf" or not asked):
+            continue
+        step += 1
+        stop = bool(asked) and fault != "deaf"
+        if step % 5 == 0 or step == recipe.max_steps or stop:
+            (run / f"step_{step}").mkdir(exist_ok=True)
+            (run / f"step_{step}" / "COMMITTED").touch()
+            note(run, f"saved {step}")
+        attempt.mark(step + 1, "forward")
+        if stop:
+            note(run, f"stopped by {asked}")
+            attempt.end("stopped", asked[0])
+            return 0
+    attempt.mark(step + 1, "forward")
+    attempt.end("done")
+    return 0
+
+
+def note(run: Path, text: str) -> None:
+    with (run / "notes.txt").open("a") as stream:
+        stream.write(text + "\n")
+
+
+sys.exit(main())
