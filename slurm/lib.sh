@@ -28,30 +28,35 @@ job_field() { # NAME: what Slurm knows of this job, such as JobState
     scontrol -o show job "$JOB_NAME_FOR_SCONTROL" 2>/dev/null | head -n 1 | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1
 }
 
+# Whether this job may still be run again by us. Slurm shows COMPLETING while the processes of a job that it ends are ending;
+# of these only the time limit is no reason to stay away. Cancelled is cancelled; after a node failure or the grace of a
+# preemption Slurm runs the job again by itself.
+is_ours() {
+    case $(job_field JobState) in
+    RUNNING | "") ;;
+    *) [[ "$(job_field Reason)" == TimeLimit ]] ;;
+    esac
+}
+
 requeue() { # runs this job again, under the same number; does not return
-    local try state
-    for try in 1 2 3 4 5; do
-        state=$(job_field JobState)
-        case $state in
-        RUNNING | TIMEOUT | "") ;;
-        *) stop 1 "not requeued: Slurm is ending this job itself ($state)" ;; # cancelled, or requeued by Slurm already
-        esac
-        if scontrol requeue "$JOB_NAME_FOR_SCONTROL"; then
-            say "requeued"
-            if [[ -n "${EXCLUDED:-}" ]]; then
-                scontrol update "JobId=$JOB_NAME_FOR_SCONTROL" "ExcNodeList=$EXCLUDED" && say "without $EXCLUDED from now on"
-            fi
-            # a script that ends by itself while its job is preempted counts as complete, and is never run again
-            trap 'exit 0' TERM
-            local waited
-            for ((waited = 0; waited < 600; waited++)); do
-                sleep 1 &
-                wait $!
-            done
-            exit 1
-        fi
-        say "scontrol requeue failed (try $try of 5); was the job submitted with --no-requeue?" >&2
+    local try
+    trap '' TERM # Slurm ends what a script has started as soon as it is told, scontrol too
+    for ((try = 0; ; try++)); do
+        is_ours || stop 1 "not requeued: Slurm is ending this job itself ($(job_field JobState))"
+        if scontrol requeue "$JOB_NAME_FOR_SCONTROL"; then break; fi
+        ((try < 5)) || stop 1 "not requeued: scontrol failed; was the job submitted with --no-requeue?"
         sleep 2
+    done
+    say "requeued"
+    if [[ -n "${EXCLUDED:-}" ]]; then
+        scontrol update "JobId=$JOB_NAME_FOR_SCONTROL" "ExcNodeList=$EXCLUDED" && say "without $EXCLUDED from now on"
+    fi
+    # a script that ends by itself in the grace of a preemption counts as complete, and its job never runs again
+    trap 'exit 0' TERM
+    for ((try = 0; try < 600; try++)); do
+        is_ours || exit 0
+        sleep 1 &
+        wait $!
     done
     exit 1
 }

@@ -17,8 +17,10 @@ REPOSITORY = HERE.parents[1]
 class Place:
     """One case. folder: everything of it; run: its run directory; job: what was submitted last."""
 
-    def __init__(self, cluster: Cluster, folder: Path, recipe: Path, *, stand_in: str | None = None) -> None:
-        """stand_in: STAND_IN of `stand_in.py`, which then trains in the trainer's place."""
+    def __init__(
+        self, cluster: Cluster, folder: Path, recipe: Path, *, stand_in: str | None = None, python: str = sys.executable
+    ) -> None:
+        """stand_in: STAND_IN of `stand_in.py`, which then trains in the trainer's place, run by `python`."""
         folder.mkdir(exist_ok=True)
         self.cluster, self.folder, self.recipe, self.run = cluster, folder, recipe, folder / "run"
         self.job = 0
@@ -34,14 +36,14 @@ class Place:
         if cluster.plain:  # node names are known to Slurm alone
             self.environ["NVLM_MASTER_ADDR"] = "127.0.0.1"
         if stand_in is not None:
-            python = folder / "venv" / "bin" / "python"
-            python.parent.mkdir(parents=True)
-            python.write_text(
+            shim = folder / "venv" / "bin" / "python"
+            shim.parent.mkdir(parents=True)
+            shim.write_text(
                 "#!/bin/bash\n"
-                f'case " $* " in *" nvlm_train train "*) exec {sys.executable} {HERE}/stand_in.py "$@" ;; esac\n'
-                f'exec {sys.executable} "$@"\n'
+                f'case " $* " in *" nvlm_train train "*) exec {python} {HERE}/stand_in.py "$@" ;; esac\n'
+                f'exec {python} "$@"\n'
             )
-            python.chmod(0o755)
+            shim.chmod(0o755)
             self.environ |= {"NVLM_VENV": str(folder / "venv"), "STAND_IN": stand_in}
 
     def words(self, *overrides: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 It takes the trainer's arguments and keeps to what the scripts see of it: RUN/attempts, step_N/COMMITTED, DONE, a save
 and exit 0 when asked, exit codes. Rank 0 does the steps (0.1 s each, a checkpoint every 5); the others wait for it.
-STAND_IN says what goes wrong: `crash` rank 1 ends with 3 at once; `deaf` nobody heeds a signal; `recipe` exit code 2;
+STAND_IN says what goes wrong: `crash` rank 1 ends with 3 at once; `deaf` nobody heeds a signal; `recipe` a mistake of the
+user's, exit code 2;
 `idle` the first start does 10 steps and then nothing until it is asked to stop.
 """
 
@@ -28,8 +29,6 @@ def main() -> int:
         signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
     if fault == "crash" and rank == 1:
         return 3
-    if fault == "recipe":
-        return 2
     end = run / "attempts" / attempt_name() / "end.json"
     if rank:
         while not end.exists():
@@ -39,6 +38,14 @@ def main() -> int:
     step = newest_step(run)
     attempt.begin({}, step)
     note(run, f"{attempt_name()} from {step} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+    if fault == "recipe":
+        attempt.end("failed", "a folder is missing", user=True)
+        return 2
+    while fault == "crash" and not asked:  # a lost rank is never a reason to save
+        time.sleep(0.1)
+    if fault == "crash":
+        attempt.end("lost", "rank 1 was lost")
+        return 1
     while step < recipe.max_steps:
         time.sleep(0.1)
         idle = fault in ("idle", "deaf") and step == 10 and not os.environ.get("SLURM_RESTART_COUNT")
