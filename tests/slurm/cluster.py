@@ -298,9 +298,7 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(words)}: exit code {done.returncode}\n{done.stderr}"
         return done.stdout.strip()
 
-    def sbatch(
-        self, *words: str, cwd: Path, environ: Mapping[str, str] | None = None, user: str | None = None
-    ) -> int:
+    def sbatch(self, *words: str, cwd: Path, environ: Mapping[str, str] | None = None, user: str | None = None) -> int:
         """Submits; returns the number of the job."""
         out = self.run("sbatch", "--parsable", *words, cwd=cwd, user=user, **(environ or {}))
         return int(out.split(";")[0])

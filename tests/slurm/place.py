@@ -70,7 +70,7 @@ class Place:
         while not ready():
             if time.monotonic() > until:
                 raise AssertionError(f"{what}: not within {seconds:.0f} s\n{self.notes()}\n{self.output()[-3000:]}")
-            time.sleep(0.05)
+            time.sleep(0.005)
 
     def output(self) -> str:
         """All that its jobs have written."""

@@ -44,8 +44,9 @@ def cases(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "scancel": case("scancel", "idle"),
         "crash": case("crash", "crash", NVLM_MAX_WITHOUT_PROGRESS="2"),
         "recipe": case("recipe", "recipe"),
-        "array": case("array", "idle", "--array=1-3%1", "--time=1", f"--output={folder}/array/out-%A_%a",
-                      NVLM_WARN_S="40"),  # fmt: skip
+        "array": case(
+            "array", "idle", "--array=1-3%1", "--time=1", f"--output={folder}/array/out-%A_%a", NVLM_WARN_S="40"
+        ),  # fmt: skip
         "bad_node": case("bad_node", "bad_node", "--nodes=1", NVLM_PREFLIGHT="1", NVLM_EXCLUDE="1"),
         "no_requeue": case("no_requeue", "idle", "--no-requeue"),
     }
@@ -163,7 +164,9 @@ def test_a_chain_that_broke_ends_by_itself(cluster: Cluster, tmp_path: Path) -> 
     said = cluster.run("slurm/chain", *words, cwd=REPOSITORY, **place.environ).splitlines()
     assert [line.split()[1] for line in said] == ["prepare", "train", "prepare", "train", "export"]
     states = [cluster.wait(line.split()[0])["JobState"] for line in said]
-    assert states == ["FAILED"] * 5  # no demo data for the index, which is told, and the trainings are tried all the same
+    assert (
+        states == ["FAILED"] * 5
+    )  # no demo data for the index, which is told, and the trainings are tried all the same
     out = {path.name.rpartition("-")[0]: path.read_text() for path in sorted(tmp_path.glob("out-*"))}
     assert f"nothing done: {tmp_path}/first is not complete" in out["out-nvlm-train"]
     assert f"{tmp_path}/second is not complete (no file DONE): nothing was exported" in out["out-nvlm-export"]
