@@ -106,7 +106,7 @@ class Attempt:
             "attempt": name,
             "started": time.time(),
             "from_step": self._first,
-            "nodes": _nodes(),
+            "nodes": nodes_of_job(),
             "command": sys.argv,
             "environment": shown_environment(os.environ),
             "gpus": _gpus(),
@@ -231,7 +231,8 @@ def shown_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {key: "(not shown)" if _SECRET.search(key) else value for key, value in shown.items()}
 
 
-def _nodes() -> list[str]:
+def nodes_of_job() -> list[str]:
+    """Names of the SLURM job's nodes, in its order; outside of one, this host."""
     nodelist = os.environ.get("SLURM_JOB_NODELIST")
     if nodelist and shutil.which("scontrol"):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -343,7 +344,7 @@ def next_command(args: argparse.Namespace) -> int:
         folder = run / "attempts" / args.attempt
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "begin.json", {
-            "attempt": args.attempt, "started": time.time(), "from_step": newest_step(run), "nodes": _nodes(),
+            "attempt": args.attempt, "started": time.time(), "from_step": newest_step(run), "nodes": nodes_of_job(),
             "by": "batch script: the training did not start",
         })  # fmt: skip
     decision = decide(

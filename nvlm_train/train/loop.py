@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import platform
 import shlex
 import time
@@ -50,6 +51,8 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     Returns the exit code. Raises NvlmError for what the user can put right.
     """
     set_up_logging()
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # no library under us may wait for a server
+        os.environ.setdefault(variable, "1")
     launch = resolve_launch()
     recipe, revisions = pin(loaded, checkpoint.recorded_revisions(Path(loaded.recipe.output_dir)))
     loaded = replace(loaded, recipe=recipe)
