@@ -36,14 +36,7 @@ class Place:
         if cluster.plain:  # node names are known to Slurm alone
             self.environ["NVLM_MASTER_ADDR"] = "127.0.0.1"
         if stand_in is not None:
-            shim = folder / "venv" / "bin" / "python"
-            shim.parent.mkdir(parents=True)
-            shim.write_text(
-                "#!/bin/bash\n"
-                f'case " $* " in *" nvlm_train train "*) exec {python} {HERE}/stand_in.py "$@" ;; esac\n'
-                f'exec {python} "$@"\n'
-            )
-            shim.chmod(0o755)
+            write_shim(folder / "venv", python)
             self.environ |= {"NVLM_VENV": str(folder / "venv"), "STAND_IN": stand_in}
 
     def words(self, *overrides: str) -> list[str]:
@@ -79,6 +72,19 @@ class Place:
     def signal(self, name: str) -> None:
         """To the batch script alone, as --signal=B: does."""
         self.cluster.run("scancel", "--batch", f"--signal={name}", str(self.job))
+
+
+def write_shim(venv: Path, python: str) -> None:
+    """An environment whose Python runs `stand_in.py` where the trainer or the preflight is asked for."""
+    shim = venv / "bin" / "python"
+    shim.parent.mkdir(parents=True)
+    shim.write_text(
+        "#!/bin/bash\n"
+        'case " $* " in *" nvlm_train train "* | *" nvlm_train preflight "*)\n'
+        f'exec {python} {HERE}/stand_in.py "$@" ;; esac\n'
+        f'exec {python} "$@"\n'
+    )
+    shim.chmod(0o755)
 
 
 def readable_by_all(path: Path) -> bool:

@@ -2,13 +2,14 @@
 
 It takes the trainer's arguments and keeps to what the scripts see of it: RUN/attempts, step_N/COMMITTED, DONE, a save
 and exit 0 when asked, exit codes. Rank 0 does the steps (0.1 s each, a checkpoint every 5); the others wait for it.
-STAND_IN says what goes wrong: `crash` rank 1 ends with 3 at once; `deaf` nobody heeds a signal; `recipe` a mistake of the
-user's, exit code 2;
-`idle` the first start does 10 steps and then nothing until it is asked to stop.
+STAND_IN says what goes wrong: `crash` rank 1 ends with 3 at once; `recipe` a mistake of the user's, exit code 2; `idle`
+the first start does 10 steps and then nothing until it is asked to stop; `deaf` the same, and nobody heeds a signal;
+`bad_node` the preflight fails on node1, `bad_nodes` on all; `crash_alone` the only rank ends with 3 at once.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -20,6 +21,13 @@ from nvlm_train.recipe.load import load_recipe
 
 
 def main() -> int:
+    if "preflight" in sys.argv:
+        fault = os.environ["STAND_IN"]
+        failed = ["node1", "node2"] if fault == "bad_nodes" else ["node1"]
+        if fault not in ("bad_node", "bad_nodes") or os.environ["SLURMD_NODENAME"] != "node1":
+            failed = []
+        Path(sys.argv[sys.argv.index("--out") + 1]).write_text(json.dumps({"failed": failed}))
+        return len(failed)
     words = sys.argv[sys.argv.index("train") + 1 :]
     recipe = load_recipe(words[0], words[1:]).recipe
     run, rank, fault = Path(recipe.output_dir), int(os.environ["SLURM_PROCID"]), os.environ.get("STAND_IN", "")
@@ -27,7 +35,7 @@ def main() -> int:
     asked: list[str] = []
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
-    if fault == "crash" and rank == 1:
+    if fault == "crash_alone" or (fault == "crash" and rank == 1):
         return 3
     end = run / "attempts" / attempt_name() / "end.json"
     if rank:

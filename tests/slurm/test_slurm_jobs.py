@@ -37,16 +37,15 @@ def cases(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         place.submit(*options, overrides=(STEPS,), **environ)
         return place
 
+    early = {"NVLM_WARN_S": "40"}  # of a minute, the shortest time limit that Slurm knows
     yield {
         "warning": case("warning", "idle"),
-        "limit": case("limit", "idle", "--time=1", NVLM_WARN_S="40"),
+        "limit": case("limit", "idle", "--time=1", **early),
         "preemption": case("preemption", "idle", "--partition=low", "--gpus-per-node=4", NVLM_RANKS_PER_NODE="1"),
         "scancel": case("scancel", "idle"),
         "crash": case("crash", "crash", NVLM_MAX_WITHOUT_PROGRESS="2"),
         "recipe": case("recipe", "recipe"),
-        "array": case(
-            "array", "idle", "--array=1-3%1", "--time=1", f"--output={folder}/array/out-%A_%a", NVLM_WARN_S="40"
-        ),  # fmt: skip
+        "array": case("array", "idle", "--array=1-3%1", "--time=1", f"--output={folder}/array/out-%A_%a", **early),
         "bad_node": case("bad_node", "bad_node", "--nodes=1", NVLM_PREFLIGHT="1", NVLM_EXCLUDE="1"),
         "no_requeue": case("no_requeue", "idle", "--no-requeue"),
     }
@@ -122,7 +121,7 @@ def test_a_mistake_of_the_user_is_not_tried_again(cases: Cases) -> None:
 
 
 def test_an_element_of_an_array_is_requeued_alone(cases: Cases) -> None:
-    """Until it may start again, the next element goes on with the run; never two at once (%1), and the last find DONE."""
+    """Until it may start again, the next element goes on with the run; never two at once (%1); the last find DONE."""
     place = cases["array"]
     array = place.job
     for element in (1, 2, 3):
@@ -131,6 +130,19 @@ def test_an_element_of_an_array_is_requeued_alone(cases: Cases) -> None:
     first, second = [line.split(" at ")[0] for line in place.notes() if " from " in line]
     assert first == f"{array}_1.0 from 0" and second in (f"{array}_1.1 from 11", f"{array}_2.0 from 11")
     assert place.output().count("nothing to do") == 2  # the elements after the last step
+
+
+def test_a_node_that_fails_the_preflight_is_left_out(cases: Cases) -> None:
+    place = cases["bad_node"]
+    found = place.cluster.wait(place.job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), place.output()
+    assert (found["ExcNodeList"], found["NodeList"]) == ("node1", "node2")
+    assert "preflight failed on node1" in place.output() and len(place.notes()) > 4
+    # without the switch it says what to do
+    place = Place(place.cluster, place.folder / "again", RECIPE, stand_in="bad_node")
+    place.submit("--nodes=1", "--nodelist=node1", NVLM_PREFLIGHT="1")
+    assert place.cluster.wait(place.job)["JobState"] == "FAILED"
+    assert "submit with --exclude=node1" in place.output()
 
 
 def test_a_job_that_must_not_be_requeued_says_so(cases: Cases) -> None:
@@ -197,7 +209,7 @@ def test_a_user_other_than_root(cluster: Cluster) -> None:
 
 
 def test_a_node_without_power_is_left_behind(cluster: Cluster, tmp_path: Path) -> None:
-    """Slurm notices after SlurmdTimeout, runs the job again when there are nodes, and the batch script stays out of it."""
+    """Slurm notices after SlurmdTimeout and runs the job again when there are nodes; the batch script stays out of it."""
     if cluster.plain:
         pytest.skip("needs namespaces: here nodes have no power of their own to cut")
     place = Place(cluster, tmp_path / "power", RECIPE, stand_in="deaf")

@@ -1,6 +1,6 @@
 """The trainer itself on a Slurm of two nodes, one rank each: both ways to start it, and what it loses by what happens.
 
-Every run here must end with the losses of the first, which nothing disturbed, bit for bit. Skipped where Slurm cannot run.
+Every run here must end with the losses of the first, which nothing disturbed, bit for bit.
 """
 
 from __future__ import annotations
