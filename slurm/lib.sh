@@ -8,7 +8,7 @@ say() { echo "[$(date '+%F %T')] ${TITLE:-nvlm}: $*"; }
 stop() { # CODE TEXT: ends the batch script
     local code=$1
     shift
-    say "$*" >&2
+    if ((code == 0)); then say "$*"; else say "$*" >&2; fi
     exit "$code"
 }
 

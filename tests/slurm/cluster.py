@@ -87,6 +87,7 @@ class Cluster:
         self.plain = plain or not has_namespaces()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.first: dict[str, int] = {}  # the first process of each node, as this machine numbers it
+        self.small = folder / "small"  # a shared disk of 1.2 MB, to be full soon; not in plain mode
         self.network = "127.0.0" if self.plain else _free_network()
         self.port = _free_port(nodes + 1)
         self.env = {**os.environ, "PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -124,6 +125,8 @@ class Cluster:
         options = [f"--{option}={munge / name}" for option, name in files.items()]
         self._daemon("munged", ["munged", "--foreground", "--force", "--num-threads=4", *options])
         if not self.plain:
+            self.small.mkdir()
+            _call("mount", "-t", "tmpfs", "-o", "size=1200k,mode=1777", "small", str(self.small))
             self._daemon("switch", ["unshare", "--net", "sleep", "infinity"])
             self._wait(lambda: _namespace(self.processes["switch"].pid) != _namespace(os.getpid()), "the switch")
             cable = f"nvlm{os.getpid()}"
@@ -261,6 +264,8 @@ class Cluster:
             self.cancel_all()  # no namespace ends what a job has started
         for name in ("slurmctld", *self.nodes, "switch", "munged"):
             self._end(name)
+        if self.small.is_mount():
+            _call("umount", str(self.small))
 
     def _end(self, name: str) -> None:
         process = self.processes.pop(name, None)

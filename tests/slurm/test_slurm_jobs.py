@@ -209,7 +209,7 @@ def test_a_user_other_than_root(cluster: Cluster) -> None:
 
 
 def test_a_node_without_power_is_left_behind(cluster: Cluster, tmp_path: Path) -> None:
-    """Slurm notices after SlurmdTimeout and runs the job again when there are nodes; the batch script stays out of it."""
+    """Slurm notices after SlurmdTimeout and runs the job again when there are nodes; the script stays out of it."""
     if cluster.plain:
         pytest.skip("needs namespaces: here nodes have no power of their own to cut")
     place = Place(cluster, tmp_path / "power", RECIPE, stand_in="deaf")

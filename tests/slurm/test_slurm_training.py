@@ -29,8 +29,9 @@ def recipe(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Index, training by srun with one task per rank, and export, as one chain."""
+    """Index, preflight, training by srun with one task per rank, and export, as one chain."""
     place = Place(cluster, tmp_path_factory.mktemp("undisturbed"), recipe)
+    place.environ["NVLM_PREFLIGHT"] = "1"
     options = f"--output={place.folder}/out-%x-%j --oversubscribe"
     words = ["--nodes", "2", "--gpus-per-node", "1", "--gpu-options", options]
     words += ["--cpu-options", f"{options} --cpus-per-task=1", str(recipe), "--export", str(place.folder / "export")]
@@ -56,6 +57,7 @@ def test_index_training_and_export_in_one_chain(undisturbed: Place) -> None:
     assert len(trajectory(place.run)) == 20 and (place.run / "DONE").exists()
     assert (place.folder / "export" / "SHA256SUMS").exists()
     log = place.run / "attempts" / f"{place.job}.0"
+    assert json.loads((log / "preflight.json").read_text())["failed"] == []
     assert {"begin.json", "end.json", "job.txt", "rank_0.log", "rank_1.log"} <= {path.name for path in log.iterdir()}
     assert json.loads((log / "begin.json").read_text())["nodes"] == ["node1", "node2"]
     assert "NumNodes=2" in (log / "job.txt").read_text()
@@ -103,3 +105,17 @@ def test_power_cuts_in_a_step_and_in_a_save(undisturbed: Place, recipe: Path, tm
     assert (
         place.run / "set_aside" / "incomplete"
     ).exists()  # what was cut off in the save, put aside by the next start
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_and_not_tried_again(undisturbed: Place, recipe: Path, tmp_path: Path) -> None:
+    cluster = undisturbed.cluster
+    if cluster.plain:
+        pytest.skip("needs namespaces, for a small disk that all nodes see")
+    place = Place(cluster, tmp_path / "full", recipe)
+    place.run = cluster.small / "run"
+    place.submit(overrides=(*WORDS, "checkpoint.every_steps=2"))
+    found = cluster.wait(place.job, 120)
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), place.output()
+    assert "error: " in place.output() and "make room" in place.output() and "not requeued" in place.output()
+    assert (place.run / "step_2" / "COMMITTED").exists()
