@@ -66,6 +66,7 @@ requeue() { # runs this job again, under the same number; does not return
 NVLM_HOME=${NVLM_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 cd "$NVLM_HOME" || stop 2 "NVLM_HOME=$NVLM_HOME: no such folder on $(hostname); it must be shared by all nodes"
 
+export PYTHONPATH=$NVLM_HOME${PYTHONPATH:+:$PYTHONPATH} # this checkout, whatever else is installed
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 TOKENIZERS_PARALLELISM=false
 # compute nodes have no internet: nobody waits for an answer from there
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TRANSFORMERS_OFFLINE=${TRANSFORMERS_OFFLINE:-1}
@@ -108,7 +109,7 @@ fi
 # Runs Python beside the batch script, on its node.
 here() {
     if ((${#IN_CONTAINER[@]})); then
-        srun --overlap --nodes=1 --ntasks=1 --nodelist="$(hostname -s)" "${IN_CONTAINER[@]}" "$PYTHON" "$@"
+        srun --overlap --nodes=1 --ntasks=1 --nodelist="${SLURMD_NODENAME:-$(hostname -s)}" "${IN_CONTAINER[@]}" "$PYTHON" "$@"
     else
         ${INSIDE[@]+"${INSIDE[@]}"} "$PYTHON" "$@"
     fi
@@ -121,16 +122,13 @@ one_step() {
         ${INSIDE[@]+"${INSIDE[@]}"} "$PYTHON" "$@"
 }
 
-# RECIPE [k=v ...]: sets RUN to its output_dir and MAX_STEPS; every mistake in the recipe is found here.
+# RANKS RECIPE [k=v ...]: sets RUN to the recipe's output_dir, and MAX_STEPS; every mistake in the recipe is found here.
+# shellcheck disable=SC2034 # read by the scripts
 read_recipe() {
     local found
-    found=$(here -m nvlm_train recipe show "$@" --json) || return 2
-    # shellcheck disable=SC2034 # read by the scripts
-    { read -r RUN && read -r MAX_STEPS; } < <(here -c 'import json, sys
-values = json.load(sys.stdin)["values"]
-for key in ("output_dir", "max_steps"):
-    print(values.get(key, {}).get("value") or "")' <<<"$found")
-    [[ -n "$RUN" ]]
+    found=$(here "$NVLM_HOME/slurm/read_recipe.py" "$@") || return 2
+    RUN=${found%%$'\n'*}
+    if [[ "$found" == *$'\n'* ]]; then MAX_STEPS=${found#*$'\n'}; else MAX_STEPS=""; fi
 }
 
 # RUN [MAX_STEPS]: whether a run has reached its end, and this number of steps where one is given.

@@ -6,6 +6,7 @@ The real thing is in test_slurm_jobs.py and test_slurm_training.py.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -230,3 +231,20 @@ def test_a_chain_in_one_command(tmp_path: Path) -> None:
 def test_help_names_the_command(script: str) -> None:
     done = subprocess.run(["bash", f"slurm/{script}", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
     assert f"slurm/{script}" in done.stdout and "recipes/" in done.stdout and "#" not in done.stdout
+
+
+def test_the_page_names_tests_settings_and_files_that_exist() -> None:
+    page = (REPOSITORY / "slurm" / "README.md").read_text()
+    named = re.findall(r"`(?:tests/slurm/)?(test_\w+\.py)::(test_\w+)`", page)
+    assert len(named) >= 20
+    for file, test in named:
+        assert f"def {test}(" in (REPOSITORY / "tests" / "slurm" / file).read_text(), test
+    events = page.partition("## What happens when")[2].partition("\n## ")[0].splitlines()
+    rows = [line for line in events if line.startswith("| ") and not line.startswith("| event")]
+    assert len(rows) >= 15 and all("::test_" in row for row in rows)
+    scripts = [path for path in (REPOSITORY / "slurm").rglob("*") if path.is_file() and path.suffix != ".md"]
+    read = {name for path in scripts for name in re.findall(r"\bNVLM_[A-Z_]+\b", path.read_text())}
+    shown = set(re.findall(r"\bNVLM_[A-Z_]+\b", page.partition("## Settings")[2].partition("\n## ")[0]))
+    assert shown == read - {"NVLM_ATTEMPT"}
+    for name in re.findall(r"\b(?:slurm|tests/slurm)/[\w./]+\w", page):
+        assert (REPOSITORY / name.partition("::")[0]).exists(), name
