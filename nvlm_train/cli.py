@@ -407,6 +407,18 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help="published: 7 dummy heads behind the tower's real ones, as vLLM wants them (default of NVLM-D); unpadded: "
         "none (NVLM-X and NVLM-H have no other)",
     )
+    parser.add_argument(
+        "--license",
+        action="append",
+        metavar="[PART=]LICENCE",
+        help="licence of the exported weights, or of a part whose licence the run's recipe does not state "
+        "(data.captions=CC-BY-4.0, weights.vision=MIT); may be given several times",
+    )
+    parser.add_argument(
+        "--push", metavar="REPO", help="upload the verified export to this repository of the Hugging Face Hub, private"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: the repository is public")
+    parser.add_argument("--yes", action="store_true", help="with --push: do not ask before the upload")
     _json_flag(parser)
 
 
@@ -547,7 +559,8 @@ VERBS: dict[str, Verb] = {
     "export": Verb(
         "write a run as a Hugging Face folder, and verify it",
         _export_arguments,
-        "export runs/quickstart exports/quickstart",
+        "export runs/quickstart/2_sft exports/quickstart\n"
+        "  nvlm-train export runs/quickstart/2_sft exports/quickstart --push my-name/quickstart",
         _export,
     ),
     "verify": Verb(

@@ -21,12 +21,14 @@ from nvlm_train.train.weights import open_weights
 from tiny import make_batch
 
 SAMPLES = [(9, 1), (7, 0), (12, 2)]  # text tokens and tiles
-STEPS = 3  # DeepSpeed learns the order of calls in the first micro-steps; the last step counts
+STEPS = 2  # DeepSpeed learns the order of calls in the first one; the last one counts
 
 
-def measure(*, rank: int, world_size: int, values: dict[str, Any], micro_steps: int = 2) -> dict[str, Any]:
-    """Trains a recipe as `train` would build it. Of the last step: bytes by collective, gathers by tensor and
-    micro-step; and what the engine holds before and after the last update."""
+def measure(
+    *, rank: int, world_size: int, values: dict[str, Any], micro_steps: int = 2, steps: int = STEPS
+) -> dict[str, Any]:
+    """Trains a recipe, built as `train` builds it. Of the last step: bytes by collective and number of ranks, gathers
+    by tensor in a micro-step, and what the engine holds after its first micro-step and before the update."""
     from deepspeed.utils import groups
 
     world = dist.start(resolve_launch(), timeout_s=240)
@@ -34,7 +36,7 @@ def measure(*, rank: int, world_size: int, values: dict[str, Any], micro_steps: 
     recipe = Recipe.model_validate(values)
     built = state.build(recipe, resolve(recipe, world_size), world, open_weights(recipe), skip_trained=False)
     out: dict[str, Any] = {}
-    for number in range(STEPS):
+    for number in range(steps):
         batches = [
             make_batch(SAMPLES, 10 * number + micro, num_tile_chunks=1, architecture=recipe.model.architecture)
             for micro in range(micro_steps)
@@ -45,14 +47,16 @@ def measure(*, rank: int, world_size: int, values: dict[str, Any], micro_steps: 
                 loss = zero.forward(built.engine, batch, features, last=micro == micro_steps - 1)
                 zero.backward(built.engine, loss, batch.num_trained_tokens * micro_steps * world_size)
                 if micro == 0:
-                    out["micro_step"] = dict(volume)
+                    out["held_between"] = zero.held_bytes(built.engine)
             out["held"] = zero.held_bytes(built.engine)
-            before = dict(volume)
+            copies = [getattr(p, "ds_secondary_tensor", None) for p in built.engine.module.parameters()]
+            out["hpz_copy"] = sum(c.numel() * c.element_size() for c in copies if c is not None)
             zero.step(built.engine)
             out["volume"] = dict(volume)
-            out["update"] = {name: size - before.get(name, 0) for name, size in volume.items()}
         number_of = {getattr(p, "ds_id", -1): name for name, p in built.engine.module.named_parameters()}
         out["gathers"] = {number_of[n]: count / micro_steps for n, count in names.items()}
+    counts = [entry["step"] for entry in built.engine.deepspeed.basic_optimizer.state.values() if "step" in entry]
+    out["step_counts"] = sum(count.numel() * count.element_size() for count in counts)
     out["tensors"] = {
         name: (full_shape(p).numel(), p.requires_grad) for name, p in built.engine.module.named_parameters()
     }

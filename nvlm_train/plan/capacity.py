@@ -311,11 +311,8 @@ def _turns(recipe: Recipe, gpus: int) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"micro_batch_size": 1}, "more micro-steps, so more gathers"
     if zero.stage < 3 and gpus > 1:
         yield {"zero.stage": 3}, "weights are gathered in every micro-step"
-    if zero.stage == 3 and zero.max_reuse_distance:
-        yield (
-            {"zero.max_reuse_distance": 0, "zero.max_live_parameters": 200_000_000},
-            "more gathers: nothing is kept from one use to the next",
-        )
+    if zero.stage == 3 and zero.max_live_parameters > 200_000_000:
+        yield {"zero.max_live_parameters": 200_000_000}, "less is fetched ahead"
     smaller = max(data.max_tokens_per_sample, data.pack_tokens // 2)
     if smaller < data.pack_tokens:
         yield {"data.pack_tokens": smaller}, "smaller packs, so less to hide gathers behind (--accept data)"

@@ -316,6 +316,7 @@ class _Coordinator:
             zero.prefetch_bucket_size,
             zero.max_live_parameters,
         )
+        self.hpz = zero.experimental.hpz_partition_size > 1
         self.uses: dict[str, list[int]] = {}
         self.traversed = [0]  # elements of the modules before each place of the order
         self.queue: deque[tuple[Tensor, int]] = deque()
@@ -369,7 +370,11 @@ class _Coordinator:
 
     def release(self, event: _Event) -> None:
         call = event.call
-        going = {t.name: t for t in call.tensors if t.name not in self.persistent and not self._used_soon(t.name)}
+        # With hpZ the first steps' losses are compared without a backward pass; what DeepSpeed decides there, where no
+        # weight is used again, it keeps for the forward passes of the whole run.
+        forgets = self.hpz and event.forward and not event.again
+        free = [t for t in call.tensors if t.name not in self.persistent]
+        going = {t.name: t for t in free if forgets or not self._used_soon(t.name)}
         own = {t.name: t for t in call.tensors}
         if not event.forward:
             extra = self.of_recompute.pop(id(call), {})

@@ -124,6 +124,7 @@ def _train(
     if store is not None:
         attempt.share(store)
     world = dist.start(launch, recipe.distributed.timeout_s, store)
+    provenance["device"] = announce.device_name(world.device)
     try:
         dist.require_same(world, start.step, f"the step to start from in {start.run}", "is it one shared folder?")
         watch.mark("hashing the frozen weights")
@@ -131,8 +132,11 @@ def _train(
         state.write_base(start.run, frozen, weights, recipe.checkpoint.base == "copy", world)
         if start.leaves and start.branch is not None:
             check_base(start.run, start.branch)
+        hashes: dict[str, str] = {}
         if not start.step:
             state.verify_earlier_run(recipe, world)
+            watch.mark("hashing the weights that the run starts from")
+            hashes = state.hash_weights(start.run, account.loaded, weights, world)
         watch.mark("loading the weights")
         built = state.build(recipe, resolved, world, weights, skip_trained=start.step > 0)
         with state.with_a_way_on(start):
@@ -144,7 +148,7 @@ def _train(
                 checkpoint.set_leftovers_aside(start.run)
                 state.set_aside(start)
                 _remove_older(start, recipe, progress)
-                state.write_run_files(start, recipe, resolved, provenance, revisions)
+                state.write_run_files(start, recipe, resolved, provenance, revisions, hashes, plan)
         if _stopped_early(recipe, progress):
             log.info("%s stopped early: validation had not improved at step %d", start.run, progress.step)
             attempt.end("done", "validation no longer improves")
