@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("loaded", deadline=None)  # a busy machine is no failure
+settings.register_profile("loaded", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine
 settings.load_profile("loaded")
 
 # Before torch is imported anywhere, and inherited by the processes that tests start.
