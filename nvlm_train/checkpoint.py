@@ -932,6 +932,7 @@ class CheckpointWeights:
         self.recipe: dict[str, Any] = content["recipe"]
         self.earlier_run: dict[str, Any] | None = content.get("earlier_run")
         self.continued_from: dict[str, Any] | None = content.get("continued_from")
+        self.parts: list[dict[str, Any]] | None = content.get("parts")  # None: of an older version
         base = read_json(self.checkpoint.run / "base.json")
         shapes = self.checkpoint.shapes
         self.adapters: dict[str, tuple[str, str, float]] = {}

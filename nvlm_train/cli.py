@@ -43,6 +43,12 @@ def _recipe(name: str) -> Callable[[argparse.Namespace], int]:
     return run
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from nvlm_train.plan.show import plan_command
+
+    return plan_command(args)
+
+
 def _fetch(args: argparse.Namespace) -> int:
     from nvlm_train.train.weights import fetch_command
 
@@ -116,6 +122,18 @@ def _evaluate(args: argparse.Namespace) -> int:
     return evaluate_command(args)
 
 
+def _preflight(args: argparse.Namespace) -> int:
+    from nvlm_train.train.preflight import preflight_command
+
+    return preflight_command(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from nvlm_train.report import report_command
+
+    return report_command(args)
+
+
 def _env(args: argparse.Namespace) -> int:
     found = environment()
     if args.json:
@@ -169,6 +187,17 @@ def _json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable report on stdout")
 
 
+def _preflight_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--limit-s", type=float, default=60.0, metavar="S", help="all checks together (default 60)")
+    parser.add_argument("--out", metavar="FILE", help="findings and failed nodes as JSON")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run directory")
+    _json_flag(parser)
+
+
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="R.yaml", help="the recipe")
     parser.add_argument(
@@ -183,6 +212,49 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def _recipe_on_ranks(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
     parser.add_argument("--world-size", type=_positive, metavar="N", help="number of ranks (default: WORLD_SIZE, or 1)")
+    _json_flag(parser)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--nodes", type=_positive, required=True, metavar="N", help="number of nodes")
+    parser.add_argument("--gpus-per-node", type=_positive, required=True, metavar="M", help="GPUs of a node")
+    parser.add_argument("--gpu-gib", type=_above_zero, required=True, metavar="G", help="memory of a GPU in GiB")
+    parser.add_argument(
+        "--link-gbps",
+        type=_above_zero,
+        metavar="B",
+        help="Gbit/s into a node, all its adapters together, as reached (some 0.8 of what they are sold as); default: "
+        "not known, what is needed is told",
+    )
+    parser.add_argument(
+        "--intra-gbps",
+        type=_above_zero,
+        default=2880.0,
+        metavar="B",
+        help="Gbit/s that a GPU receives inside its node, as reached (default: 2880, NVLink of an H100)",
+    )
+    parser.add_argument(
+        "--mfu",
+        type=_share,
+        default=0.4,
+        metavar="X",
+        help="useful operations over the peak, nobody waiting (default: 0.4)",
+    )
+    parser.add_argument(
+        "--peak-tflops",
+        type=_above_zero,
+        default=989.0,
+        metavar="T",
+        help="peak of a GPU in the recipe's precision (default: 989, bf16 of an H100; A100: 312)",
+    )
+    parser.add_argument(
+        "--reserve-gib",
+        type=float,
+        default=4.0,
+        metavar="R",
+        help="of a GPU's memory, left to CUDA, NCCL and the allocator's slack (default: 4)",
+    )
     _json_flag(parser)
 
 
@@ -335,6 +407,18 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help="published: 7 dummy heads behind the tower's real ones, as vLLM wants them (default of NVLM-D); unpadded: "
         "none (NVLM-X and NVLM-H have no other)",
     )
+    parser.add_argument(
+        "--license",
+        action="append",
+        metavar="[PART=]LICENCE",
+        help="licence of the exported weights, or of a part whose licence the run's recipe does not state "
+        "(data.captions=CC-BY-4.0, weights.vision=MIT); may be given several times",
+    )
+    parser.add_argument(
+        "--push", metavar="REPO", help="upload the verified export to this repository of the Hugging Face Hub, private"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: the repository is public")
+    parser.add_argument("--yes", action="store_true", help="with --push: do not ask before the upload")
     _json_flag(parser)
 
 
@@ -383,6 +467,21 @@ def _whole(text: str) -> int:
     return number
 
 
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1 (0.4, say, for 40 %)")
+    return number
+
+
+_above_zero.__name__ = _share.__name__ = "number"
 _whole.__name__ = "whole number"
 _positive.__name__ = "whole number"  # what argparse calls it in "invalid whole number value"
 
@@ -413,6 +512,12 @@ VERBS: dict[str, Verb] = {
     ),
     "recipe schema": Verb(
         "the JSON schema, for editors", lambda parser: None, "recipe schema > recipe.schema.json", _recipe("schema")
+    ),
+    "plan": Verb(
+        "whether a run fits on a cluster, how long it takes there, and what to turn",
+        _plan_arguments,
+        "plan recipes/nvlm_d_72b/2_sft.yaml --nodes 8 --gpus-per-node 8 --gpu-gib 80 --link-gbps 2560",
+        _plan,
     ),
     "fetch": Verb(
         "download the weights that hf:// names, and compare them with the model",
@@ -454,7 +559,8 @@ VERBS: dict[str, Verb] = {
     "export": Verb(
         "write a run as a Hugging Face folder, and verify it",
         _export_arguments,
-        "export runs/quickstart exports/quickstart",
+        "export runs/quickstart/2_sft exports/quickstart\n"
+        "  nvlm-train export runs/quickstart/2_sft exports/quickstart --push my-name/quickstart",
         _export,
     ),
     "verify": Verb(
@@ -474,6 +580,19 @@ VERBS: dict[str, Verb] = {
         _evaluate_arguments,
         "evaluate runs/quickstart/export --data demo/data/heldout_pairs.jsonl --json",
         _evaluate,
+    ),
+    "preflight": Verb(
+        "look at every node of an allocation before training; launched like train",
+        _preflight_arguments,
+        "preflight recipes/quickstart/2_sft.yaml\n"
+        "  srun --ntasks-per-node 8 python -m nvlm_train preflight recipes/nvlm_d_72b/2_sft.yaml --out preflight.json",
+        _preflight,
+    ),
+    "report": Verb(
+        "attempts of a run, lost time, and the share of it that moved the training forward",
+        _report_arguments,
+        "report runs/quickstart/2_sft",
+        _report,
     ),
     "env": Verb("versions, devices and launcher variables", _json_flag, "env --json", _env),
 }
@@ -551,9 +670,8 @@ def _find_verb(argv: list[str]) -> tuple[str, list[str]] | None:
 
 
 def _unknown(word: str, words: Sequence[str], group: str) -> str:
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    if not near and not group:
-        near = [name for name in VERBS if name.endswith(f" {word}")][:1]
+    near = [] if group else [name for name in VERBS if name.endswith(f" {word}")][:1]
+    near = near or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     if not near and not group and word.endswith((".yaml", ".yml")):
         near = [f"train {word}"]
     hint = f"did you mean `{PROG} {group}{near[0]}`?" if near else f"use one of {', '.join(words)}"

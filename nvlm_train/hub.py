@@ -26,7 +26,7 @@ TOKENIZER_PATTERNS = [
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "tokenizer.model",
 ]  # fmt: skip
-LICENSE_PATTERNS = ["LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "incl_licenses/*"]
+LICENSE_PATTERNS = ["LICENSE*", "LICENCE*", "NOTICE*", "Notice*", "incl_licenses/*", "README.md", "provenance.json"]
 RUN_PATTERNS = ["recipe.json", "base.json", "step_*"]
 
 

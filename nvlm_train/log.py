@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
+FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 
 
 def rank_from_environment() -> int:
@@ -18,13 +18,17 @@ def rank_from_environment() -> int:
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Sends the package's log to stderr: everything from rank 0, warnings from every other rank with its number."""
+    """Sends the package's log to stderr: everything from rank 0, warnings from every other rank with its number.
+
+    The logger itself takes everything on every rank, for the files of `nvlm_train.attempts`.
+    """
     rank = rank_from_environment()
     logger = logging.getLogger("nvlm_train")
-    logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
+    logger.setLevel(level)
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        form = _FORMAT if rank == 0 else _FORMAT.replace("%(message)s", f"[rank {rank}] %(message)s")
+        handler.setLevel(level if rank == 0 else max(level, logging.WARNING))
+        form = FORMAT if rank == 0 else FORMAT.replace("%(message)s", f"[rank {rank}] %(message)s")
         handler.setFormatter(logging.Formatter(form, datefmt="%H:%M:%S"))
         logger.addHandler(handler)
     logger.propagate = False

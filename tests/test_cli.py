@@ -54,8 +54,8 @@ def test_the_overview_names_every_verb_and_ends_with_an_example(capsys):
         ([RECIPE], f"error: nvlm-train {RECIPE}: is not a verb; did you mean `nvlm-train train {RECIPE}`?"),
         (
             ["qqq"],
-            "error: nvlm-train qqq: is not a verb; use one of recipe, fetch, data, train, export, verify, generate, "
-            "evaluate, env",
+            "error: nvlm-train qqq: is not a verb; use one of recipe, plan, fetch, data, train, export, verify, "
+            "generate, evaluate, preflight, report, env",
         ),
         (
             ["train"],

@@ -146,6 +146,18 @@ class DataPlan:
         limits += self.mixture.shard_digests()
         return order_digest(self.mixture.names, order, limits, self.settings, self.indexes, self.train_rows)
 
+    def source_digests(self) -> dict[str, str]:
+        """SHA-256 of each source's samples, by the hashes and lengths in its index; paths do not count."""
+        found = {}
+        for name in self.mixture.names:
+            digest = hashlib.sha256()
+            rows = self.indexes[name].rows
+            for column in ("hash", "tokens", "tiles"):
+                for piece in pieces(rows[column]):
+                    digest.update(piece.tobytes())
+            found[name] = digest.hexdigest()
+        return found
+
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the run."""

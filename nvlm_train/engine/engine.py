@@ -263,6 +263,7 @@ def held_bytes(engine: Engine) -> dict[str, int]:
     parameters = list(engine.module.parameters())
     averaged = getattr(optimizer, "averaged_gradients", None) or {}
     gradients = [p.grad for p in parameters] + [g for group in averaged.values() for g in group or ()]
+    gradients += getattr(optimizer, "fp32_groups_gradients_flat", ())  # stage 1 in bf16
     masters = _flat_masters(engine) if engine.stage else []
     return {
         "weights": size([*(getattr(p, "ds_tensor", p) for p in parameters)]),

@@ -125,6 +125,7 @@ class Heartbeat:
         self.launch, self.rendezvous_s = launch, rendezvous_s
         self.own = this_process(launch)
         self.members: dict[int, Member] = {}
+        self.missing: list[int] = []  # ranks that did not come in time, as rank 0 sees it
         self.alarm: dict[str, str] | None = None  # what another rank found, or this one
         self.store_gone = False
         self.look_at_all = False
@@ -411,6 +412,7 @@ class Heartbeat:
         if not problem and missing:
             if not too_late:
                 return
+            self.missing = missing
             some = ", ".join(map(str, missing[:16])) + (f" and {len(missing) - 16} more" if len(missing) > 16 else "")
             hosts = ", ".join(sorted({member.host for member in members}))
             problem = (

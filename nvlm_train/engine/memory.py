@@ -10,6 +10,7 @@ from nvlm_train.recipe.schema import Recipe
 
 KINDS = (
     "weights",
+    "hpz_copy",
     "gradients",
     "optimizer",
     "tower_replicated",
@@ -34,10 +35,13 @@ def predict_memory(
     parameters: counts of the whole modules, as `model.flops.count_parameters` gives them; trainable_by_module: what the
     optimizer steps of each, as `model.flops.trainable_parameters` gives them.
     weights: what the engine shares out (a frozen tower is replicated instead: `tower_replicated`), adapters included.
-    gradients: fp32 accumulation. optimizer: fp32 master, exp_avg, exp_avg_sq (stage 0: the weights are the
-    masters).
+    gradients: fp32 accumulation; stage 1 in bf16 keeps those of the last micro-step in bf16 besides.
+    optimizer: fp32 master, exp_avg, exp_avg_sq (stage 0: the weights are the masters).
+    hpz_copy: the second copy of a share that hpZ keeps.
     gathered, buckets: what stage 3 holds whole at a time (of 4-bit weights: the largest, unpacked for its product), and
-    what is in flight in a reduction.
+    what is in flight in a reduction. Whole are the module at work, and what is fetched ahead or kept for a use within
+    max_reuse_distance (to and fro, so about half of that); `plan.trace` runs DeepSpeed's rules and finds 0 to 10 % less
+    for the recipes here.
     activations: what stays until backward; recomputed_layer: the layer at work when they are recomputed.
     loss: logits and their gradient when every token is labelled (fewer in practice).
     """
@@ -59,7 +63,9 @@ def predict_memory(
     tile_tokens = patches // 4  # the pixel shuffle joins 2 x 2
     decoder_layer = parameters["language_model"] // lm.num_hidden_layers  # a little too large: embedding shared out
     largest = max(lm.vocab_size * lm.hidden_size, decoder_layer, parameters["projector"])
-    gathered = min(inside, max(recipe.zero.max_live_parameters, largest) + recipe.zero.prefetch_bucket_size)
+    ahead = recipe.zero.max_live_parameters if recipe.zero.prefetch_bucket_size else 0
+    gathered = min(inside, max(largest + ahead, recipe.zero.max_reuse_distance * 6 // 10))
+    hpz = min(recipe.zero.experimental.hpz_partition_size, ranks)
 
     kv = lm.num_key_value_heads * (lm.hidden_size // lm.num_attention_heads)
     products = lm.num_hidden_layers * (
@@ -77,7 +83,7 @@ def predict_memory(
     recompute = recipe.activation_checkpointing
     backward = any(trained.values())
     per_layer = {"none": layer, "selective": outputs, "full": inputs}[recompute]
-    kept = per_layer * lm.num_hidden_layers if backward else 0
+    kept = per_layer * lm.num_hidden_layers + 2 * inputs if backward else 0  # and the last norm's two
     # as many tiles as image tokens fit into the packs; an image-free micro batch needs none of it
     tiles = -(-tokens // tile_tokens)
     crossing = 0
@@ -97,8 +103,10 @@ def predict_memory(
         kept += crossing * len(recipe.model.cross_attention_layers) * share_kept // 3 if backward else 0
     chunk = min(tiles, recipe.vision_tiles_per_chunk)
     width, feed = vision.hidden_size, vision.intermediate_size
-    tower_row = {"none": 8 * width + 2 * feed, "selective": 6 * width + 2 * feed, "full": width}[recompute]
-    tower_layer = (patches + 1) * number * (8 * width + 2 * feed)
+    # kept per patch in a layer: two residual inputs, two norm outputs, qkv, q and k normalised, attention's output,
+    # what is scaled twice; the outputs of fc1 and GELU
+    tower_row = {"none": 12 * width + 2 * feed, "selective": 7 * width + feed, "full": width}[recompute]
+    tower_layer = (patches + 1) * number * (12 * width + 2 * feed)
     inner = 0 if recipe.model.architecture == "nvlm_x" else 2 * lm.intermediate_size
     projector = tiles * tile_tokens * number * (8 * width + inner + lm.hidden_size)
     tower = chunk * tower_layer
@@ -109,7 +117,8 @@ def predict_memory(
 
     predicted = {
         "weights": share(inside - quantized, 3) * number + round(quantized * NF4_BITS / 8),
-        "gradients": share(trainable, 2) * 4,
+        "hpz_copy": -(-inside // hpz) * number if hpz > 1 else 0,
+        "gradients": share(trainable, 2) * (6 if stage == 1 and number == 2 else 4),
         "optimizer": share(trainable, 1) * (12 if stage else 8),
         "tower_replicated": outside * number,
         "gathered": gathered * number

@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvlm_train import provenance
 from nvlm_train.errors import CheckpointError
-from nvlm_train.export import card, hf, shards
+from nvlm_train.export import card, hf, licence, shards
 from nvlm_train.log import get_logger
 from nvlm_train.model import key_map
 from nvlm_train.recipe.schema import Lora, Train
@@ -36,21 +37,28 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # peft's, before the base's own names
 
 
-def export_adapter(checkpoint: CheckpointWeights, out: str | Path, base: str | Path, dtype: str = "fp32") -> Path:
+def export_adapter(
+    checkpoint: CheckpointWeights,
+    out: str | Path,
+    base: str | Path,
+    dtype: str = "fp32",
+    licences: licence.Licences | None = None,
+) -> Path:
     """Writes the adapters of `checkpoint` for the folder `base` into the folder `out`, and returns it.
 
-    Raises CheckpointError where the run has no adapters, has trained more than fits beside them, or where `base` is not
-    the model they belong to; nothing is left behind then.
+    licences: default what the run recorded. Raises CheckpointError where the run has no adapters, has trained more than
+    fits beside them, or where `base` is not the model they belong to; nothing is left behind then.
     """
     out, base = Path(out), Path(base)
     hf.check_out(out)
     folder = _open_base(base, key_map.model_from_recipe(checkpoint.recipe))
     tensors = adapter_tensors(checkpoint, folder.num_dummy_heads, dtype)
     config = adapter_config(checkpoint, base)
-    readme = card.model_card(
-        checkpoint.recipe, step=checkpoint.step, recipe_hash=checkpoint.state.get("recipe_hash"), dtype=dtype,
-        earlier_run=checkpoint.earlier_run,
-    )  # fmt: skip
+    licences = licences or licence.of_run(checkpoint)
+    training = card.training_of(checkpoint)
+    readme = card.model_card(checkpoint.recipe, licences, training, dtype=dtype, adapter=True)
+    if licences.research_only:
+        config[provenance.RESEARCH_KEY] = licences.label
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -63,6 +71,7 @@ def export_adapter(checkpoint: CheckpointWeights, out: str | Path, base: str | P
             save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
             (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             (partial / "README.md").write_text(readme, encoding="utf-8")
+            licence.write(partial, licences, card.identity(checkpoint.recipe, training))
             (partial / shards.LOCK).unlink()
             hf.give_name(partial, out)
         except BaseException as error:
@@ -214,6 +223,7 @@ def verify_adapter(out: str | Path, checkpoint: CheckpointWeights, *, logits: bo
 
     record(CONFIG, wrong, "as the run's recipe says")
     record("values", values, f"{len(stored)} tensors equal the checkpoint's bit for bit, all finite")
+    record("licences", licence.problems_of(out), "texts, card and configuration say what the run recorded")
     record("base", _base_problems(checkpoint, folder), f"{base} holds what the adapters were trained on")
     report: dict[str, Any] = {
         "out": str(out),

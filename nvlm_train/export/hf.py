@@ -14,18 +14,22 @@ import errno
 import json
 import os
 import shutil
+import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvlm_train import provenance
 from nvlm_train.errors import CheckpointError, SetupError
-from nvlm_train.export import card, shards
+from nvlm_train.export import card, licence, shards
 from nvlm_train.export.shards import DTYPES
 from nvlm_train.hub import local_folder
 from nvlm_train.log import get_logger
 from nvlm_train.model import key_map
 
 if TYPE_CHECKING:
+    from nvlm_train.export.push import Target
     from nvlm_train.model.pretrained import Weights
     from nvlm_train.recipe.schema import Model
 
@@ -63,9 +67,8 @@ def export(
     max_shard_size: str | int = "4GB",
     layout: str | None = None,
     step: int | None = None,
-    recipe_hash: str | None = None,
-    earlier_run: dict[str, Any] | None = None,
-    continued_from: dict[str, Any] | None = None,
+    training: card.Training | None = None,
+    licences: licence.Licences | None = None,
     identity: str | None = None,
 ) -> Path:
     """Writes the model to the folder `out` and returns it.
@@ -73,12 +76,12 @@ def export(
     weights: every tensor of the model by our names. recipe: as recipe_to_dict gives it. tokenizer_path: default the
     recipe's. dtype: 'bf16' or 'fp32', default the recipe's precision. max_shard_size: bytes, or '4GB', '500MB', '2GiB';
     a larger single tensor gets a shard of its own. layout: 'published' (default of NVLM-D) or 'unpadded' (of NVLM-X and
-    NVLM-H, which have no other). step, recipe_hash, earlier_run, continued_from: for the model
-    card. identity: what the weights are, as a hash; with it an interrupted export goes on where it was.
+    NVLM-H, which have no other). training (or step alone): for the model card. licences: default what the recipe says.
+    identity: what the weights are, as a hash; with it an interrupted export goes on where it was.
 
-    Raises CheckpointError for tensors that are missing, mis-shaped or not finite, an unusable tokenizer, or an `out`
-    that holds something; nothing is left behind then. SetupError when the disk cannot hold the export, or another
-    export is writing it. `out` exists complete or not at all.
+    Raises CheckpointError for licences that are missing or do not fit, for tensors that are missing, mis-shaped or not
+    finite, an unusable tokenizer, or an `out` that holds something; nothing is left behind then. SetupError when the
+    disk cannot hold the export, or another export is writing it. `out` exists complete or not at all.
     """
     out = Path(out)
     model = key_map.model_from_recipe(recipe)
@@ -95,15 +98,10 @@ def export(
             f"the tokenizer in {tokenizer_folder} has no {BOS}, with which tokenizer.template nvlm_yi begins every "
             "sample"
         )
-    readme = card.model_card(
-        recipe,
-        step=step,
-        recipe_hash=recipe_hash,
-        dtype=dtype,
-        earlier_run=earlier_run,
-        continued_from=continued_from,
-        num_dummy_heads=num_dummy_heads,
-    )
+    training = training or card.Training(step=step)
+    if licences is None:
+        licences = licence.judge(provenance.parts_of(recipe, training.earlier_run), recipe.get("license"))
+    readme = card.model_card(recipe, licences, training, dtype=dtype, num_dummy_heads=num_dummy_heads)
     planned = shards.plan_shards(model, dtype, shards.parse_size(max_shard_size), num_dummy_heads)
     _check_tensors(weights, model)
 
@@ -118,7 +116,10 @@ def export(
         try:
             shards.write_shards(weights, model, planned, partial, dtype, num_dummy_heads, done, wanted)
             _write_json(partial / "model.safetensors.index.json", shards.index(planned))
-            _write_json(partial / "config.json", model_config(model, recipe, tokens, dtype, num_dummy_heads))
+            config = model_config(model, recipe, tokens, dtype, num_dummy_heads)
+            if licences.research_only:
+                config[provenance.RESEARCH_KEY] = licences.label
+            _write_json(partial / "config.json", config)
             _write_json(partial / "generation_config.json", generation_config(tokens))
             _write_json(partial / "preprocessor_config.json", preprocessor_config(model))
             image_token = _control_tokens(_token_ids(tokenizer_folder))["image"]
@@ -127,6 +128,7 @@ def export(
             for name in remote_code(model.architecture):
                 shutil.copyfile(Path(__file__).with_name("remote_code") / name, partial / name)
             (partial / "README.md").write_text(readme, encoding="utf-8")
+            licence.write(partial, licences, card.identity(recipe, training))
             _complete(partial, out, done)
         except BaseException as error:
             tidy_up(error, partial, out, done if identity else {}, len(planned))
@@ -623,37 +625,49 @@ def foreign_code(folder: Path) -> list[str]:
 
 
 def export_command(args: Namespace) -> int:
-    """`nvlm-train export RUN[/step_N] OUT`: exports, then verifies unless --no-verify. Returns the exit code."""
+    """`nvlm-train export RUN[/step_N] OUT`: exports, then verifies unless --no-verify, then pushes if asked to.
+
+    Returns the exit code.
+    """
     from nvlm_train.checkpoint import open_checkpoint
     from nvlm_train.export.adapter import export_adapter, verify_adapter
 
+    target, api = _push_target(args)
     checkpoint = open_checkpoint(args.run, checksums=True)
     as_json = getattr(args, "json", False)
-    recipe_hash = checkpoint.state.get("recipe_hash")
-    base = getattr(args, "adapter", None)
-    out = (
-        export_adapter(checkpoint, args.out, base, getattr(args, "dtype", None) or "fp32")
-        if base
-        else export(
+    stated, more = _stated(getattr(args, "license", None) or [])
+    licences = licence.of_run(checkpoint, stated, more)
+    if licences.research_only:
+        print(licences.warning(), file=sys.stderr if as_json else sys.stdout, flush=True)
+    base, out = getattr(args, "adapter", None), Path(args.out)
+    if target is not None and (out / licence.RECORD).is_file():
+        licence.require_same(out, licences)
+        log.info("%s is there already: it is verified again and pushed, not written again", out)
+    elif base:
+        export_adapter(checkpoint, out, base, getattr(args, "dtype", None) or "fp32", licences)
+    else:
+        export(
             checkpoint,
             checkpoint.recipe,
-            args.out,
+            out,
             tokenizer_path=getattr(args, "tokenizer", None),
             dtype=getattr(args, "dtype", None),
             max_shard_size=getattr(args, "max_shard_size", None) or "4GB",
             layout=getattr(args, "layout", None),
-            step=checkpoint.step,
-            recipe_hash=recipe_hash,
-            earlier_run=checkpoint.earlier_run,
-            continued_from=checkpoint.continued_from,
+            training=card.training_of(checkpoint),
+            licences=licences,
             identity=checkpoint.identity,
         )
-    )
     size = sum(path.stat().st_size for path in out.iterdir())
     log.info("exported step %d of %s to %s (%.1f MB)", checkpoint.step, args.run, out, size / 1e6)
+    for missing in licence.lacking_in(out, licences):
+        log.warning("%s", missing)
+    if licences.label is None:
+        log.warning("no licence is stated for these weights: `license` in the recipe, or export --license, does")
     if getattr(args, "no_verify", False):
+        facts = {"license": licences.label, "research_only": licences.research_only}
         if as_json:
-            print(json.dumps({"out": str(out), "step": checkpoint.step, "bytes": size, "verified": False}))
+            print(json.dumps({"out": str(out), "step": checkpoint.step, "bytes": size, "verified": False, **facts}))
         else:
             print(f"{out}: step {checkpoint.step}, {size / 1e6:.1f} MB, not verified (--no-verify)")
         return 0
@@ -661,7 +675,37 @@ def export_command(args: Namespace) -> int:
     from nvlm_train.export.verify import print_report, verify
 
     report = verify_adapter(out, checkpoint) if base else verify(out, checkpoint, checkpoint.recipe)
+    report |= {"license": licences.label, "research_only": licences.research_only}
+    if report["ok"] and target is not None:
+        from nvlm_train.export.push import push
+
+        report["pushed"] = push(out, target, api)
     print_report(report, as_json=as_json)
     if not report["ok"]:
         log.error("%s was written but is not what the checkpoint holds: do not use it", out)
     return 0 if report["ok"] else 1
+
+
+def _push_target(args: Namespace) -> tuple[Target | None, Any]:
+    """Where to push, and the Hub's client. Raises SetupError where that cannot work, before anything is written."""
+    repo = getattr(args, "push", None)
+    if not repo:
+        for name in ("public", "yes"):
+            if getattr(args, name, False):
+                raise SetupError(f"--{name} has no meaning without --push REPO")
+        return None, None
+    from nvlm_train.export.push import Target, open_hub
+
+    if args.no_verify:
+        raise SetupError("--push goes with verified exports alone; leave out --no-verify")
+    target = Target(repo, public=args.public, yes=args.yes)
+    return target, open_hub(target)
+
+
+def _stated(given: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """--license LICENCE and --license PART=LICENCE, apart."""
+    more = dict(text.split("=", 1) for text in given if "=" in text)
+    whole = [text for text in given if "=" not in text]
+    if len(whole) > 1:
+        raise SetupError(f"--license names {len(whole)} licences of the export ({', '.join(whole)}); give one")
+    return (whole[0] if whole else None), more

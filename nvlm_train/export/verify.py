@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nvlm_train.errors import CheckpointError
-from nvlm_train.export import hf
+from nvlm_train.export import hf, licence
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 NEEDED_FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "tokenizer_config.json", "README.md", hf.CHECKSUMS, INDEX,
+    "tokenizer_config.json", "README.md", *licence.FILES, hf.CHECKSUMS, INDEX,
 )  # fmt: skip
 # Both sides compute in fp32 from the same rounded weights and differ only in the order of sums.
 # Share of the largest logit; worst case in the tests 1.1e-6.
@@ -78,6 +78,8 @@ def verify(out: str | Path, weights: Weights, recipe: dict[str, Any], *, logits:
     if (out / hf.CHECKSUMS).is_file():
         found = _checksum_problems(out)
         fine &= record("checksums", found, f"every file is what {hf.CHECKSUMS} says")
+    found = licence.problems_of(out)
+    fine &= record("licences", found, f"texts, card and config.json say what {licence.RECORD} does")
     if (out / "config.json").is_file() and (out / INDEX).is_file():
         config = _read_json(out / "config.json")
         fine &= record("config.json", _config_problems(config, model, recipe), "every size as in the recipe")

@@ -17,6 +17,7 @@ from typing import Any
 from nvlm_train.data.images import ImageOptions
 from nvlm_train.errors import CheckpointError, DataError
 from nvlm_train.export.hf import export, load_exported
+from nvlm_train.export.licence import unjudged
 from nvlm_train.log import get_logger
 
 log = get_logger(__name__)
@@ -60,7 +61,7 @@ def load_answerer(folder: str | Path) -> Answerer:
 
     if is_run(folder):
         run = open_checkpoint(folder)
-        about: dict[str, Any] = {"step": run.step, "earlier_run": run.earlier_run, "continued_from": run.continued_from}
+        about: dict[str, Any] = {"step": run.step, "licences": unjudged(run.recipe)}  # nobody keeps it
         with tempfile.TemporaryDirectory() as parent:
             log.info("exporting step %d of %s for the time of loading", run.step, folder)
             return load_answerer(export(run, run.recipe, Path(parent) / folder.name, **about))

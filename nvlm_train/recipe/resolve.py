@@ -164,6 +164,20 @@ def batch_arithmetic(recipe: Recipe, world_size: int) -> BatchArithmetic:
     )
 
 
+def most_tiles(recipe: Recipe, batch: BatchArithmetic) -> int:
+    """Tiles of a step in which every sample has one image of the largest grid, as far as its tokens allow."""
+    tiling, vision = recipe.data.tiling, recipe.model.vision
+    per_tile = (vision.image_size // vision.patch_size) ** 2 // 4
+    tiles = tiling.tiles_of_image
+    if recipe.model.architecture != "nvlm_d":  # tiles are not among the tokens
+        most = batch.max_packs * (recipe.data.pack_tiles or 0)
+        return most if batch.samples is None else min(batch.samples * tiles, most)
+    if batch.samples is None:
+        packs = batch.max_packs
+        return packs * min(recipe.data.pack_tiles or recipe.data.pack_tokens, recipe.data.pack_tokens // per_tile)
+    return batch.samples * min(tiles, recipe.data.max_tokens_per_sample // per_tile)
+
+
 def _samples_per_pack(recipe: Recipe) -> int:
     """How many of the largest samples fit into a pack, each with one image of the most tiles."""
     data = recipe.data

@@ -355,6 +355,10 @@ class Model(Section):
         return self
 
 
+_LICENCE = (
+    "Its licence, which travels with every export: an SPDX identifier (Apache-2.0), LicenseRef-NAME, a name such as "
+    "tongyi-qianwen or llama3, `own` (made by yourselves) or `unknown`. An export asks for it."
+)
 HUB_PREFIX = "hf://"
 HUB_PATH = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 
@@ -377,7 +381,7 @@ class Weights(Section):
         resume="free",
         path=True,
     )
-    license: str | None = key(None, doc="SPDX identifier or licence name; travels with every export.", resume="free")
+    license: str | None = key(None, doc=_LICENCE, resume="free")
     source: str | None = key(
         None,
         doc="Where the weights come from, for example a model's page; default: the repository of an hf:// path.",
@@ -601,8 +605,8 @@ class Source(Section):
         gt=0,
         resume="ask",
     )
-    license: str | None = key(None, doc="Licence of the data; travels with every export.", resume="free")
-    source: str | None = key(None, doc="Where the data comes from.", resume="free")
+    license: str | None = key(None, doc=_LICENCE, resume="free")
+    source: str | None = key(None, doc="Where the data comes from, for example its page on the Hub.", resume="free")
 
 
 class RemoteCache(Section):
@@ -1240,7 +1244,12 @@ class Recipe(Section):
     run_name: str = key(doc="Name of the run.", resume="free", pattern=r"^[A-Za-z0-9._-]+$")
     output_dir: str = key(doc="Run directory: checkpoints, metrics, logs.", path=True, resume="free")
     seed: int = key(1234, doc="Seed of data order, initialisation and every random draw.", ge=0)
-    license: str | None = key(None, doc="Licence of the trained weights, if you state one.", resume="free")
+    license: str | None = key(
+        None,
+        doc="Licence of the trained weights: an SPDX identifier or LicenseRef-NAME. An export refuses one that allows "
+        "more than the weights and data behind it do. Default: what those ask for.",
+        resume="free",
+    )
     model: Model = key(doc="Architecture and sizes.")
     init_from: InitFrom = key(InitFrom(), doc="Weights to start from.", resume="free")
     tokenizer: Tokenizer = key(doc="Tokenizer and chat format.")

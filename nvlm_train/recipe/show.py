@@ -15,6 +15,7 @@ from nvlm_train.recipe.load import flatten, load_recipe
 from nvlm_train.recipe.resolve import (
     Resolved,
     compare,
+    most_tiles,
     recipe_to_dict,
     refuse_unsupported,
     resolve,
@@ -85,7 +86,8 @@ def show_command(args: Namespace) -> int:
 
 def figures(resolved: Resolved) -> dict[str, Any]:
     """Everything that follows from a recipe and a number of ranks, as plain values."""
-    useful, executed = resolved.flops.step(resolved.batch.max_tokens, _most_tiles(resolved))
+    tiles = most_tiles(resolved.recipe, resolved.batch)
+    useful, executed = resolved.flops.step(resolved.batch.max_tokens, tiles)
     return {
         "recipe_hash": resolved.recipe_hash,
         "world_size": resolved.world_size,
@@ -135,13 +137,13 @@ def explain(resolved: Resolved) -> list[str]:
         + f", {_num_steps(resolved)} in all"
         + (f" ({resolved.num_steps * batch.samples:,} samples)" if resolved.num_steps and batch.samples else ""),
     ]
-    useful, executed = flops.step(batch.max_tokens, _most_tiles(resolved))
+    useful, executed = flops.step(batch.max_tokens, most_tiles(recipe, batch))
     lines += [
         "",
         f"FLOPs (forward and backward, samples of {flops.sample_tokens} tokens)",
         f"  per token {_flops(flops.useful_per_token)}, per tile {_flops(flops.useful_per_tile)} "
         f"(tower forward {_flops(flops.tile_forward)})",
-        f"  a step of full samples ({batch.max_tokens:,} tokens, {_most_tiles(resolved):,} tiles): {_flops(useful)}"
+        f"  a step of full samples ({batch.max_tokens:,} tokens, {most_tiles(recipe, batch):,} tiles): {_flops(useful)}"
         + (f", {_flops(executed)} with recompute" if executed > useful else ""),
         "",
         "memory per rank, predicted (without allocator slack, CUDA context and NCCL buffers)",
@@ -201,21 +203,6 @@ def _warmup(resolved: Resolved) -> str:
 
 def _decay(resolved: Resolved) -> str:
     return "the last step" if resolved.decay_steps is None else f"step {resolved.decay_steps}"
-
-
-def _most_tiles(resolved: Resolved) -> int:
-    """Tiles of a step in which every sample has one image of the largest grid, as far as its tokens allow."""
-    recipe = resolved.recipe
-    tiling, vision = recipe.data.tiling, recipe.model.vision
-    per_tile = (vision.image_size // vision.patch_size) ** 2 // 4
-    tiles = tiling.tiles_of_image
-    if recipe.model.architecture != "nvlm_d":  # tiles are not among the tokens
-        most = resolved.batch.max_packs * (recipe.data.pack_tiles or 0)
-        return most if resolved.batch.samples is None else min(resolved.batch.samples * tiles, most)
-    if resolved.batch.samples is None:
-        packs = resolved.batch.max_packs
-        return packs * min(recipe.data.pack_tiles or recipe.data.pack_tokens, recipe.data.pack_tokens // per_tile)
-    return resolved.batch.samples * min(tiles, recipe.data.max_tokens_per_sample // per_tile)
 
 
 def diff_command(args: Namespace) -> int:

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import nvlm_train
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.engine.launch import Launch
@@ -52,6 +54,11 @@ def git_revision() -> str:
 def provenance(launch: Launch) -> dict[str, Any]:
     """What recipe.json records of each attempt."""
     return {"git": git_revision(), "versions": versions(), "world_size": launch.world_size, "host": platform.node()}
+
+
+def device_name(device: torch.device) -> str:
+    """What the ranks run on: the GPU's name, or the processor's kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
 
 
 def data_lines(plan: DataPlan) -> list[str]:

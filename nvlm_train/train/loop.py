@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 import platform
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nvlm_train import checkpoint
+from nvlm_train import attempts, checkpoint
+from nvlm_train.attempts import Attempt
 from nvlm_train.data.loader import StepLoader
 from nvlm_train.data.plan import DataPlan, open_data
 from nvlm_train.engine import dist
 from nvlm_train.engine.launch import Launch, resolve_launch
 from nvlm_train.engine.waiting import CollectiveWait
-from nvlm_train.errors import RecipeError
+from nvlm_train.errors import PeerError, RecipeError, is_users
 from nvlm_train.hub import pin
 from nvlm_train.log import set_up_logging
 from nvlm_train.model.lora import is_trained
@@ -48,22 +51,48 @@ def train(loaded: LoadedRecipe, resume: str = "auto", accept: Sequence[str] = ()
     Returns the exit code. Raises NvlmError for what the user can put right.
     """
     set_up_logging()
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # no library under us may wait for a server
+        os.environ.setdefault(variable, "1")
     launch = resolve_launch()
     recipe, revisions = pin(loaded, checkpoint.recorded_revisions(Path(loaded.recipe.output_dir)))
     loaded = replace(loaded, recipe=recipe)
     resolved = resolve(recipe, launch.world_size)
     run = Path(recipe.output_dir)
+    attempt = Attempt(run, launch.rank)
     with (
         StopRequest(run, recipe.checkpoint.signal, watch_files=launch.rank == 0) as stop,
-        Watch(launch, recipe.distributed, run, stop) as watch,
+        Watch(launch, recipe.distributed, run, stop, attempt=attempt) as watch,
+        _told_to(attempt),
         watch.guard(),
     ):
         with run_lock.held(run, launch.rank):
             start = state.find_start(recipe, resume, accept, branch)
             if _is_complete(start, resolved.num_steps):
+                if launch.rank == 0:
+                    attempts.mark_done(run, start.step)
                 return 0
-            _train(loaded, launch, start, accept, stop, watch, revisions)
+            if launch.rank == 0:
+                attempt.begin({"world_size": launch.world_size, **announce.provenance(launch)}, start.step)
+            _train(loaded, launch, start, accept, stop, watch, attempt, revisions)
     return 0
+
+
+@contextlib.contextmanager
+def _told_to(attempt: Attempt) -> Iterator[None]:
+    """Writes down how the attempt ended, unless that is done."""
+    try:
+        yield
+    except PeerError as error:
+        attempt.end("lost", str(error))
+        raise
+    except Exception as error:
+        attempt.end("failed", f"{type(error).__name__}: {error}", user=is_users(error))
+        raise
+    except KeyboardInterrupt:
+        attempt.end("stopped", "SIGINT")
+        raise
+    finally:
+        attempt.end("done", "nothing was left to do")
 
 
 def _train(
@@ -73,13 +102,14 @@ def _train(
     accept: Sequence[str],
     stop: StopRequest,
     watch: Watch,
+    attempt: Attempt,
     revisions: dict[str, str],
 ) -> None:
     """Builds everything, then runs the steps. revisions: see `hub.pin`."""
     recipe = loaded.recipe
     weights = open_weights(recipe, start.goes_on_from)
     account = account_for_weights(recipe, weights)
-    attempt = announce.provenance(launch)
+    provenance = announce.provenance(launch)
     watch.mark("opening the data")
     plan = open_data(recipe, rank=launch.rank, world_size=launch.world_size, skipped=start.skipped)
     if _is_complete(start, plan.num_steps):
@@ -90,7 +120,11 @@ def _train(
     state.check_data(start, plan.state(start.step, start.skipped_before), accept)
 
     watch.mark("meeting the other ranks")
-    world = dist.start(launch, recipe.distributed.timeout_s, watch.join())
+    store = watch.join()
+    if store is not None:
+        attempt.share(store)
+    world = dist.start(launch, recipe.distributed.timeout_s, store)
+    provenance["device"] = announce.device_name(world.device)
     try:
         dist.require_same(world, start.step, f"the step to start from in {start.run}", "is it one shared folder?")
         watch.mark("hashing the frozen weights")
@@ -98,8 +132,11 @@ def _train(
         state.write_base(start.run, frozen, weights, recipe.checkpoint.base == "copy", world)
         if start.leaves and start.branch is not None:
             check_base(start.run, start.branch)
+        hashes: dict[str, str] = {}
         if not start.step:
             state.verify_earlier_run(recipe, world)
+            watch.mark("hashing the weights that the run starts from")
+            hashes = state.hash_weights(start.run, account.loaded, weights, world)
         watch.mark("loading the weights")
         built = state.build(recipe, resolved, world, weights, skip_trained=start.step > 0)
         with state.with_a_way_on(start):
@@ -111,9 +148,10 @@ def _train(
                 checkpoint.set_leftovers_aside(start.run)
                 state.set_aside(start)
                 _remove_older(start, recipe, progress)
-                state.write_run_files(start, recipe, resolved, attempt, revisions)
+                state.write_run_files(start, recipe, resolved, provenance, revisions, hashes, plan)
         if _stopped_early(recipe, progress):
             log.info("%s stopped early: validation had not improved at step %d", start.run, progress.step)
+            attempt.end("done", "validation no longer improves")
             return
         rehearsal = plan_rehearsal(recipe, plan, world, progress.step)
         if launch.rank == 0:
@@ -125,7 +163,7 @@ def _train(
                 start,
                 account_table(account, weights),
                 str(world.device),
-                attempt,
+                provenance,
                 plan,
                 shlex.join([str(loaded.path), *loaded.overrides]),
                 idle,
@@ -138,7 +176,7 @@ def _train(
             watch.mark("worst case first")
             rehearse(recipe, world, built, plan, rehearsal)
             watch.started()
-            _run(recipe, resolved, world, built, plan, progress, start.run, stop, watch)
+            attempt.end(*_run(recipe, resolved, world, built, plan, progress, start.run, stop, watch))
     finally:
         dist.stop(world)
 
@@ -184,7 +222,8 @@ def _run(
     run: Path,
     stop: StopRequest,
     watch: Watch,
-) -> None:
+) -> tuple[str, str]:
+    """The outcome of the attempt and the reason, see `Attempt.end`."""
     rank0 = world.rank == 0
     num_steps = plan.num_steps
     metrics = MetricsFile(run / "metrics.jsonl", progress.step) if rank0 else None
@@ -203,7 +242,7 @@ def _run(
         watch.mark("validation", progress.step)
         if progress.validation_due:  # the last attempt was asked to stop before it
             if _validate(recipe, world, built, plan, progress, metrics, console, sinks)[1]:
-                return
+                return "done", "validation no longer improves"
             watch.alive()
             since = time.monotonic()
         clock.start()
@@ -281,15 +320,18 @@ def _run(
                 final=last or bool(stops) or early,
             )
             if stops or early:
+                why = f"asked by {stop.reason or 'another rank'}" if stops else "validation no longer improves"
                 if console is not None:
-                    why = f"asked by {stop.reason or 'another rank'}" if stops else "validation no longer improves"
                     console.say(
                         f"stopped after step {progress.step} of {num_steps}: {why}; saved {run}/step_{progress.step}"
                     )
                 stop.forget_file()
-                break
+                if stops and not (last or early):
+                    return "stopped", stop.reason or "another rank"
+                return "done", why
             since = time.monotonic() if progress.step % recipe.log.every_steps == 0 else since  # not of the next steps
             clock.start()
+        return "done", f"step {num_steps}"
     except Exception:
         with watch.guard():  # before files are closed, which may take its time
             raise

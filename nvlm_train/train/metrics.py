@@ -247,8 +247,14 @@ def open_sinks(names: Sequence[str], run: Path, run_name: str, project: str, con
             settings=settings,
         )
         if mode == "offline":
-            log.info("wandb is offline; send it later with: wandb sync %s", run / "wandb" / "offline-*")
-        return (lambda values, step: started.log(values, step=step)), (lambda: started.finish())
+            log.info("wandb is offline; it logs into %s", run / "wandb")
+
+        def finish() -> None:
+            started.finish()
+            if mode == "offline":
+                log.info("wandb was offline; send its log with: wandb sync %s", run / "wandb" / "offline-*")
+
+        return (lambda values, step: started.log(values, step=step)), finish
 
     def start_tensorboard() -> tuple[Callable[[dict[str, float], int], None], Callable[[], None]]:
         from torch.utils.tensorboard import SummaryWriter

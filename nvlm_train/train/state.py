@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvlm_train import checkpoint
+from nvlm_train import checkpoint, provenance
+from nvlm_train.data.plan import DataPlan
 from nvlm_train.data.windows import Stretch
 from nvlm_train.engine import dist
 from nvlm_train.engine import engine as zero
@@ -52,6 +53,7 @@ class Progress:
     samples: int = 0
     trained_tokens: int = 0
     samples_by_source: dict[str, int] = field(default_factory=dict)
+    tokens_by_source: dict[str, int] = field(default_factory=dict)  # trained tokens; the model card tells them
     bad_samples: int = 0
     best_loss: float | None = None
     best_step: int | None = None
@@ -150,6 +152,7 @@ def find_start(recipe: Recipe, resume: str, accept: Sequence[str], branch: Branc
             "logs",
             "stacks_rank_",
             "base",
+            provenance.TEXTS,
             ".lock",
         )
         foreign = [] if not run.exists() else sorted(p.name for p in run.iterdir() if not p.name.startswith(ours))
@@ -216,27 +219,69 @@ def set_aside(start: Start) -> None:
 
 
 def write_run_files(
-    start: Start, recipe: Recipe, resolved: Resolved, provenance: dict[str, Any], revisions: dict[str, str]
+    start: Start,
+    recipe: Recipe,
+    resolved: Resolved,
+    attempt: dict[str, Any],
+    revisions: dict[str, str],
+    hashes: Mapping[str, str] | None = None,
+    plan: DataPlan | None = None,
 ) -> None:
-    """Writes RUN/recipe.json; earlier attempts stay listed in it. revisions: see `hub.pin`."""
+    """Writes RUN/recipe.json and RUN/licenses; earlier attempts stay listed in it.
+
+    revisions: see `hub.pin`. hashes: see `hash_weights`. plan: of the data, whose sources are recorded by content.
+    """
     start.run.mkdir(parents=True, exist_ok=True)
     path = start.run / "recipe.json"
     before = checkpoint.read_json(path) if path.exists() else {}
     attempts = before.get("attempts", [])
     if not before and start.leaves and start.branch is not None:  # what the other run came from is behind this one too
         before = checkpoint.read_json(start.branch.checkpoint.parent / "recipe.json")
+    earlier = before.get("earlier_run") if start.step and not start.new_init_from else _earlier_run(recipe)
     went_back = start.resume if start.resume.startswith("step_") else None
-    attempts.append({"from_step": start.step, "changed": start.changes, "resume": went_back, **provenance})
+    attempts.append({"from_step": start.step, "changed": start.changes, "resume": went_back, **attempt})
     content = {
         "format": checkpoint.FORMAT,
         "recipe_hash": resolved.recipe_hash,
         "recipe": recipe_to_dict(recipe),
         "revisions": {**before.get("revisions", {}), **revisions},
-        "earlier_run": before.get("earlier_run") if start.step and not start.new_init_from else _earlier_run(recipe),
+        "earlier_run": earlier,
         "continued_from": start.branch.recorded if start.branch is not None else None,
+        "parts": _parts(start, recipe, before if start.step else {}, earlier, hashes or {}, plan),
         "attempts": attempts,
     }
     checkpoint.write_json(path, content)
+
+
+def _parts(
+    start: Start,
+    recipe: Recipe,
+    before: Mapping[str, Any],
+    earlier: Mapping[str, Any] | None,
+    hashes: Mapping[str, str],
+    plan: DataPlan | None,
+) -> list[dict[str, Any]]:
+    """What the weights derive from, for recipe.json; texts of licences are copied below the run.
+
+    before: recipe.json of the attempt or run that this one goes on from; earlier: of the run behind init_from.run.
+    """
+    texts: dict[str, bytes] = {}
+    digests = {} if plan is None else plan.source_digests()
+    values = recipe_to_dict(recipe if plan is None else plan.recipe)  # blends as the sources they stand for
+    parts = provenance.parts_of(values, earlier, hashes=hashes, digests=digests, texts=texts)
+    if before:
+        parts = provenance.later_parts(provenance.parts_of_run(before), parts)
+    if unsaid := [part.key for part in parts if not part.licences and not part.recorded]:
+        log.warning(
+            "no licence is stated for %s; training goes on, an export will ask for it (license: in the recipe)",
+            ", ".join(unsaid),
+        )
+    kept = [Path(earlier["path"]).parent] if earlier is not None else []
+    kept += [start.branch.checkpoint.parent] if start.branch is not None else []
+    for run in kept:
+        texts |= provenance.read_texts(run, parts)
+    provenance.write_texts(start.run, texts)
+    return [provenance.as_record(part) for part in parts]
 
 
 def _earlier_run(recipe: Recipe) -> dict[str, Any] | None:
@@ -248,8 +293,11 @@ def _earlier_run(recipe: Recipe) -> dict[str, Any] | None:
     return {
         "path": os.path.abspath(step),
         "recipe_hash": content["recipe_hash"],
+        "sha256": checkpoint.sha256(step / "state.json"),
         "recipe": content["recipe"],
         "earlier_run": content.get("earlier_run"),
+        "parts": [provenance.as_record(part) for part in provenance.parts_of_run(content)],
+        "progress": checkpoint.read_state(step).get("progress", {}),
     }
 
 
@@ -267,6 +315,21 @@ def write_base(run: Path, frozen: Sequence[str], weights: Weights, copy: bool, w
         world_size=world.world_size,
         gather=lambda value: dist.gather(world, value),
     )
+
+
+def hash_weights(run: Path, names: Sequence[str], weights: Weights, world: dist.World) -> dict[str, str]:
+    """SHA-256 of the files that a new run's weights come from, by absolute path; every rank hashes its share.
+
+    The frozen ones are in RUN/base.json already. A checkpoint of ours stands for itself, by its state.json.
+    """
+    with dist.agreed(world, f"reading {run / 'base.json'}"):
+        known = {place: entry["sha256"] for place, entry in checkpoint.read_json(run / "base.json")["files"].items()}
+    places = sorted({os.path.abspath(weights.where(name).rsplit(":", 1)[0]) for name in names} - set(known))
+    with dist.agreed(world, "hashing the weights that the run starts from"):
+        own = [place for place in places[world.rank :: world.world_size] if Path(place).is_file()]
+        desc = "hashing weights" if world.rank == 0 else None
+        mine = dict(zip(own, checkpoint.sha256_of([Path(place) for place in own], desc), strict=True))
+    return {**known, **{place: digest for part in dist.gather(world, mine) for place, digest in part.items()}}
 
 
 def check_data(start: Start, data: dict[str, Any], accept: Sequence[str]) -> None:

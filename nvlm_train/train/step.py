@@ -52,10 +52,11 @@ def load(world: dist.World, plan: DataPlan, loader: StepLoader, waits: Waits) ->
         error = raised
     loaded = time.perf_counter()
     sources = list(plan.mixture.names)
-    values = [int(error is not None)] + [0] * (5 + len(sources))
+    values = [int(error is not None)] + [0] * (5 + 2 * len(sources))
     if data is not None:
         values = [0, data.trained_tokens, data.tokens, data.tiles, data.samples, sum(data.bad.values())]
         values += [data.samples_by_source.get(source, 0) for source in sources]
+        values += [data.tokens_by_source.get(source, 0) for source in sources]
     summed = dist.sum_over_ranks(world, values, torch.int64)
     waits.data += loaded - begun
     waits.control += time.perf_counter() - loaded
@@ -65,7 +66,8 @@ def load(world: dist.World, plan: DataPlan, loader: StepLoader, waits: Waits) ->
     totals: dict[str, Any] = dict(
         zip(("trained_tokens", "tokens", "tiles", "samples", "bad"), summed[1:], strict=False)
     )
-    totals["samples_by_source"] = dict(zip(sources, summed[6:], strict=True))
+    totals["samples_by_source"] = dict(zip(sources, summed[6 : 6 + len(sources)], strict=True))
+    totals["tokens_by_source"] = dict(zip(sources, summed[6 + len(sources) :], strict=True))
     if not totals["trained_tokens"]:
         raise DataError(
             f"step {data.step + 1}: none of its samples could be used, so there is nothing to train on; see "
@@ -129,5 +131,7 @@ def advance(progress: state.Progress, counts: dict[str, Any], *, skipped: bool) 
     progress.bad_samples += counts["bad"]
     for source, samples in counts["samples_by_source"].items():
         progress.samples_by_source[source] = progress.samples_by_source.get(source, 0) + samples
+    for source, tokens in counts["tokens_by_source"].items():
+        progress.tokens_by_source[source] = progress.tokens_by_source.get(source, 0) + tokens
     progress.skipped_steps += skipped
     progress.nonfinite_in_a_row = progress.nonfinite_in_a_row + 1 if skipped else 0

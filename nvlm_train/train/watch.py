@@ -23,6 +23,7 @@ from types import FrameType, TracebackType
 
 import torch.distributed
 
+from nvlm_train.attempts import Attempt
 from nvlm_train.checkpoint import committed_steps
 from nvlm_train.engine.heartbeat import LOOK_S, Heartbeat, Standing
 from nvlm_train.engine.launch import Launch
@@ -32,6 +33,7 @@ from nvlm_train.train.stop import StopRequest
 
 PHASES = ("data", "forward", "backward", "optimizer step", "agreement", "validation", "save")  # of a step, in order
 TICK_S = 0.5
+END_S = 3.0  # for the attempt's last words
 CLEAN_UP_S = 10.0  # for the trainer to close its files after an error; then the process ends anyway
 _PACKAGE = str(Path(__file__).parents[1])
 _OF_A_CONNECTION = ("gloo", "NCCL", "Connection", "Timed out waiting", "Broken pipe", "ProcessGroup", "Socket")
@@ -41,9 +43,18 @@ class Watch:
     """Watches this rank and, through its heartbeat, the others. Use it in a `with`."""
 
     def __init__(
-        self, launch: Launch, limits: Distributed, run: Path, stop: StopRequest, end: Callable[[int], None] = os._exit
+        self,
+        launch: Launch,
+        limits: Distributed,
+        run: Path,
+        stop: StopRequest,
+        end: Callable[[int], None] = os._exit,
+        attempt: Attempt | None = None,
     ) -> None:
-        self.launch, self.limits, self.run, self.stop, self._end = launch, limits, run, stop, end
+        """attempt: is told where this rank stands, and why it ends where it is ended from here."""
+        self.launch, self.limits, self.run, self.stop, self._exit = launch, limits, run, stop, end
+        self.attempt = attempt
+        self._words = ""  # the last that was said
         # a group that runs already belongs to somebody else, and so does the watch over its ranks
         alone = launch.world_size == 1 or torch.distributed.is_initialized()
         self.heartbeat = None if alone else Heartbeat(launch, limits.rendezvous_s)
@@ -85,6 +96,8 @@ class Watch:
             self._silent_s = 0.0
         if self.heartbeat is not None:
             self.heartbeat.mark(self._step, phase)
+        if self.attempt is not None:
+            self.attempt.mark(self._step, phase)
 
     def alive(self) -> None:
         """The rank got on: a step, a validation or a save ended."""
@@ -93,6 +106,8 @@ class Watch:
     def started(self) -> None:
         """The first step comes next: from now on a request to stop ends in a save."""
         self._starting = False
+        if self.attempt is not None:
+            self.attempt.started()
         self.alive()
 
     def stop_agreed(self) -> None:
@@ -138,6 +153,17 @@ class Watch:
     def _give_up(self, text: str) -> None:
         self._print(f"error: {text}")
         self._end(1)
+
+    def _end(self, code: int) -> None:
+        """Ends the process. What the attempt writes down may wait for a disk that never answers: not for long."""
+        if self.attempt is not None:
+            ending = threading.Thread(target=self.attempt.end, args=self._outcome(code), daemon=True)
+            ending.start()
+            ending.join(END_S)
+        self._exit(code)
+
+    def _outcome(self, code: int) -> tuple[str, str]:
+        return ("lost", self._words) if code == 1 else ("stopped", self.stop.heard)
 
     def _look(self, heartbeat: Heartbeat) -> list[Standing]:
         """Who is missing; takes a few beats where nobody has said anything."""
@@ -296,7 +322,7 @@ class Watch:
         return f"Nothing was saved; {kept}. Start the same command again to go on"
 
     def _print(self, text: str) -> None:
-        rank = self.launch.rank
+        rank, self._words = self.launch.rank, text.removeprefix("error: ")
         print(text if rank == 0 else f"[rank {rank}] {text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
 

@@ -43,8 +43,8 @@ def test_files_index_and_shards(exported: Path) -> None:
     assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
     others = {path.name for path in exported.iterdir()} - set(shards)
     assert others == {
-        "README.md", "SHA256SUMS", "config.json", "configuration_nvlm_d.py", "generation_config.json",
-        "model.safetensors.index.json",
+        "LICENSE", "LICENSE.Apache-2.0", "NOTICE", "README.md", "SHA256SUMS", "config.json", "configuration_nvlm_d.py",
+        "generation_config.json", "model.safetensors.index.json", "provenance.json",
         "modeling_nvlm_d.py", "preprocessor_config.json", "processing_nvlm.py", "processor_config.json",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
@@ -271,7 +271,9 @@ def test_export_command_verifies_and_reports(
     tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint: Any = random_weights(recipe)
-    checkpoint.earlier_run = checkpoint.continued_from = None
+    checkpoint.earlier_run = checkpoint.continued_from = checkpoint.parts = None
+    checkpoint.checkpoint = Namespace(run=tmp_path)  # nothing but its recipe.json
+    (tmp_path / "recipe.json").write_text(json.dumps({"format": 1, "recipe": recipe}))
     checkpoint.identity = "a hash"
     checkpoint.recipe, checkpoint.step, checkpoint.state = recipe, 12, {"recipe_hash": "0123456789abcdef"}
     monkeypatch.setattr("nvlm_train.checkpoint.open_checkpoint", lambda path, checksums: checkpoint)

@@ -357,10 +357,14 @@ def test_a_folder_of_adapters_is_written_as_carefully(tmp_path: Path, monkeypatc
     """What is in one is tested where runs have adapters; here another export's folder, no room, and a full disk."""
     from safetensors import SafetensorError
 
-    run: Any = Namespace(recipe=make_recipe(tmp_path), step=3, state={}, earlier_run=None)
+    run: Any = Namespace(recipe=make_recipe(tmp_path))
     monkeypatch.setattr(adapter, "_open_base", lambda *args: Namespace(num_dummy_heads=7))
     monkeypatch.setattr(adapter, "adapter_tensors", lambda *args: {"a": torch.zeros(10)})
     monkeypatch.setattr(adapter, "adapter_config", lambda *args: {})
+    monkeypatch.setattr(adapter.licence, "of_run", lambda *args: Namespace(research_only=False))
+    monkeypatch.setattr(adapter.licence, "write", lambda *args: None)
+    for name in ("training_of", "model_card", "identity"):
+        monkeypatch.setattr(adapter.card, name, lambda *args, **more: "")
     partial = tmp_path / ".out.incomplete"
 
     def refuse(*args: Any) -> None:

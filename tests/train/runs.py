@@ -42,12 +42,14 @@ def write_inputs(folder: Path) -> Path:
         "run_name": "tiny",
         "output_dir": str(folder / "run"),
         "model": {"vision": VISION, "language_model": LANGUAGE_MODEL},
-        "init_from": {"vision": str(folder / "vision"), "language_model": str(folder / "language_model")},
+        "init_from": {
+            part: {"path": str(folder / part), "license": "Apache-2.0"} for part in ("vision", "language_model")
+        },
         "tokenizer": {"path": str(folder / "tokenizer"), "system": "Answer the questions."},
         "data": {
             "mixture": {
-                "images": {"path": str(folder / "data" / "images.jsonl"), "weight": 0.6},
-                "text": {"path": str(folder / "data" / "text.jsonl"), "weight": 0.4},
+                "images": {"path": str(folder / "data" / "images.jsonl"), "weight": 0.6, "license": "own"},
+                "text": {"path": str(folder / "data" / "text.jsonl"), "weight": 0.4, "license": "own"},
             },
             "max_tokens_per_sample": 220,
             "pack_tokens": 256,

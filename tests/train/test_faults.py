@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from nvlm_train import checkpoint
+from nvlm_train.attempts import past_attempts
 from runs import metrics, trajectory, write_inputs
 from zygote import Job, Zygote
 
@@ -84,6 +85,10 @@ def test_a_rank_killed_at_any_time_is_named_and_the_run_goes_on(
     done = checkpoint.committed_steps(tmp_path / "run")
     kept = f"the last checkpoint is {tmp_path / 'run'}/step_{done[-1]}" if done else "there is no checkpoint yet"
     assert kept in lines[0] and "Traceback" not in job.text()
+    (attempt,) = past_attempts(tmp_path / "run")
+    assert (attempt.end is None) == (rank == 0)
+    if attempt.end is not None:
+        assert attempt.end["outcome"] == "lost" and f"rank {rank} (host " in attempt.end["reason"]
     job = start(zygote, inputs, tmp_path / "run", log=tmp_path / "log2")
     assert job.wait(120) == [0, 0], job.text()[-3000:]
     assert trajectory(tmp_path / "run") == trajectory(whole)

@@ -12,7 +12,8 @@ import torch
 
 from helpers import TESTS, run_distributed
 from nvlm_train import checkpoint
-from nvlm_train.export import hf
+from nvlm_train.errors import CheckpointError
+from nvlm_train.export import hf, licence
 from nvlm_train.export.verify import verify
 from runs import steps, trajectory, validations, write_inputs
 
@@ -158,12 +159,17 @@ def test_a_run_of_format_1_is_resumed_and_exported(inputs: Path, tmp_path: Path)
     before = trajectory(out)
     old = checkpoint.open_checkpoint(out, checksums=True)
     assert old.step == 2 and old.checkpoint.kind == "step"
-    folder = hf.export(old, old.recipe, tmp_path / "export", step=2)
+    with pytest.raises(CheckpointError, match=r"data\.text \(.*\) has no licence"):
+        licence.of_run(old)  # nobody asked for it then
+    licences = licence.of_run(old, "MIT", {"weights.*": "MIT", "data.*": "own"})
+    folder = hf.export(old, old.recipe, tmp_path / "export", step=2, licences=licences)
     assert verify(folder, old, old.recipe)["ok"]
     recipe = ["train.language_model=frozen", "max_steps=4", "validation=null"]
     assert run(inputs, out, *recipe) == (0, "")
     attempts = json.loads((out / "recipe.json").read_text())["attempts"]
     assert [attempt["from_step"] for attempt in attempts] == [0, 2]
+    now_recorded = {part.key for part in licence.of_run(checkpoint.open_checkpoint(out)).parts}
+    assert now_recorded == {"weights.vision", "weights.language_model", "data.images", "data.text"}
     for now, then in zip(trajectory(out), before, strict=True):  # of another machine and version of torch perhaps
         assert now == pytest.approx(then, rel=1e-4)
 

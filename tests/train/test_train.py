@@ -12,6 +12,7 @@ import torch
 
 from helpers import run_distributed
 from nvlm_train import checkpoint
+from nvlm_train.provenance import parts_of_run
 from runs import metrics, steps, trajectory, validations, write_inputs
 
 JOBS = "train/train_jobs.py:"
@@ -159,6 +160,29 @@ def test_zero_options_may_change_on_resume(inputs: Path, whole: Path, tmp_path: 
     assert kept.shapes == expected.shapes
 
 
+def check_recorded_parts(
+    inputs: Path, first: checkpoint.CheckpointWeights, second: checkpoint.CheckpointWeights
+) -> None:
+    """Both runs recorded base weights (frozen and trained ones alike), data and the run before, by content; tokens by
+    source add up."""
+    base = {
+        f"weights.{part}": {"model.safetensors": checkpoint.sha256(inputs.parent / part / "model.safetensors")}
+        for part in ("vision", "language_model")
+    }
+    found = [{part.key: part for part in parts_of_run(vars(run))} for run in (first, second)]
+    run_part = found[1].pop("weights.run")
+    assert run_part.content == {"state.json": checkpoint.sha256(first.path / "state.json")} and run_part.recorded
+    for parts, run in zip(found, (first, second), strict=True):
+        assert {key: part.content for key, part in parts.items() if key in base} == base
+        assert {
+            key for key, part in parts.items() if len(part.content.get("index", "")) == 64
+        } == parts.keys() - base.keys()
+        progress = run.state["progress"]
+        assert sum(progress["tokens_by_source"].values()) == progress["trained_tokens"] > 0
+        assert progress["tokens_by_source"].keys() == progress["samples_by_source"].keys() == {"images", "text"}
+    assert second.earlier_run is not None and second.earlier_run["progress"] == first.state["progress"]
+
+
 def test_two_stages_and_what_is_frozen_stays(inputs: Path, tmp_path: Path) -> None:
     pretrain, sft = tmp_path / "pretrain", tmp_path / "sft"
     assert run(inputs, pretrain, "train.language_model=frozen", "max_steps=3") == (0, "")
@@ -174,6 +198,7 @@ def test_two_stages_and_what_is_frozen_stays(inputs: Path, tmp_path: Path) -> No
         inputs, sft, f"init_from.run={pretrain}", "train.projector=frozen", "optimizer.module_lr=null", "max_steps=2"
     ) == (0, "")
     second = checkpoint.open_checkpoint(sft, checksums=True)
+    check_recorded_parts(inputs, first, second)
     # the projector, frozen here, is the one that the first stage trained, and the tower the folder's
     for name in first.trained:
         assert torch.equal(second.read(name), first.read(name)), name

@@ -96,7 +96,7 @@ def make(folder: Path, gb: float) -> None:
         {
             "run_name": "bench", "output_dir": str(run), "tokenizer": {"path": str(folder / "tokenizer")},
             "model": {"vision": VISION, "language_model": language_model(gb)},
-            "data": {"mixture": {"a": {"path": "a"}}, "max_tokens_per_sample": 64, "pack_tokens": 64},
+            "data": {"mixture": {"a": {"path": "a", "license": "own"}}, "max_tokens_per_sample": 64, "pack_tokens": 64},
             "global_batch": {"samples": 8}, "max_steps": 1, "precision": "fp32", "optimizer": {"lr": 1e-4},
         }
     )  # fmt: skip
