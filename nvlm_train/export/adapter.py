@@ -11,15 +11,15 @@ tower's adapters get the rows or columns of its dummy heads. A projector that wa
 
 from __future__ import annotations
 
+import errno
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvlm_train import provenance
 from nvlm_train.errors import CheckpointError
-from nvlm_train.export import card, hf, licence
+from nvlm_train.export import card, hf, licence, shards
 from nvlm_train.log import get_logger
 from nvlm_train.model import key_map
 from nvlm_train.recipe.schema import Lora, Train
@@ -50,8 +50,7 @@ def export_adapter(
     fits beside them, or where `base` is not the model they belong to; nothing is left behind then.
     """
     out, base = Path(out), Path(base)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not an empty folder; name a new one, nothing is overwritten")
+    hf.check_out(out)
     folder = _open_base(base, key_map.model_from_recipe(checkpoint.recipe))
     tensors = adapter_tensors(checkpoint, folder.num_dummy_heads, dtype)
     config = adapter_config(checkpoint, base)
@@ -60,20 +59,26 @@ def export_adapter(
     readme = card.model_card(checkpoint.recipe, licences, training, dtype=dtype, adapter=True)
     if licences.research_only:
         config[provenance.RESEARCH_KEY] = licences.label
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     partial = out.parent / f".{out.name}.incomplete"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(readme, encoding="utf-8")
-        licence.write(partial, licences, card.identity(checkpoint.recipe, training))
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    hf.check_space(out, partial, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+    with shards.held(partial):
+        hf.check_out(out)
+        try:
+            shards.finished(partial, None)  # removes what an interrupted export has left
+            save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+            (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (partial / "README.md").write_text(readme, encoding="utf-8")
+            licence.write(partial, licences, card.identity(checkpoint.recipe, training))
+            (partial / shards.LOCK).unlink()
+            hf.give_name(partial, out)
+        except BaseException as error:
+            if isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error):
+                error = OSError(errno.ENOSPC, "")
+            hf.tidy_up(error, partial, out)
+            raise
     return out
 
 

@@ -89,10 +89,10 @@ def export(
     dtype = dtype or recipe.get("precision") or "bf16"
     if dtype not in DTYPES:
         raise CheckpointError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not an empty folder; name a new one, nothing is overwritten")
+    check_out(out)
     tokenizer_folder = local_folder(tokenizer_path or recipe["tokenizer"]["path"])
     tokens = special_token_ids(tokenizer_folder, model.language_model.vocab_size)
+    _check_same_tokenizer(tokenizer_folder, Path(recipe["tokenizer"]["path"]))
     if recipe["tokenizer"]["template"] == "nvlm_yi" and "bos" not in tokens:
         raise CheckpointError(
             f"the tokenizer in {tokenizer_folder} has no {BOS}, with which tokenizer.template nvlm_yi begins every "
@@ -106,9 +106,10 @@ def export(
     _check_tensors(weights, model)
 
     partial = out.parent / f".{out.name}.incomplete"
-    _check_space(out, partial, sum(tensor.bytes for shard in planned for tensor in shard))
+    check_space(out, partial, sum(tensor.bytes for shard in planned for tensor in shard))
     with shards.held(partial):
         wanted = shards.fingerprint(identity, planned, dtype)
+        check_out(out)  # another export may have ended since
         done = shards.finished(partial, wanted)
         if done:
             log.info("%d of %d shards of an interrupted export are kept, from %s", len(done), len(planned), partial)
@@ -130,9 +131,15 @@ def export(
             licence.write(partial, licences, card.identity(recipe, training))
             _complete(partial, out, done)
         except BaseException as error:
-            _tidy_up(error, partial, out, done if identity else {}, len(planned))
+            tidy_up(error, partial, out, done if identity else {}, len(planned))
             raise
     return out
+
+
+def check_out(out: Path) -> None:
+    """CheckpointError where `out` holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not an empty folder; name a new one, nothing is overwritten")
 
 
 def _complete(partial: Path, out: Path, digests: dict[str, str]) -> None:
@@ -149,11 +156,23 @@ def _complete(partial: Path, out: Path, digests: dict[str, str]) -> None:
     for name in ours:
         (partial / name).unlink(missing_ok=True)
     _sync(partial)
-    partial.replace(out)
+    give_name(partial, out)
     _sync(out.parent)
 
 
-def _tidy_up(error: BaseException, partial: Path, out: Path, done: dict[str, str], count: int) -> None:
+def give_name(partial: Path, out: Path) -> None:
+    """Renames `partial` to `out`; CheckpointError where something has come to be there."""
+    try:
+        partial.replace(out)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise CheckpointError(
+                f"{out} was filled by another program while it was exported; name a new one"
+            ) from None
+        raise
+
+
+def tidy_up(error: BaseException, partial: Path, out: Path, done: dict[str, str] | None = None, count: int = 0) -> None:
     """After an export that failed: finished shards stay where the same command can go on with them, unless something is
     wrong with the weights, which will be wrong again. Raises SetupError where the disk is full."""
     kept = "nothing of it was kept"
@@ -417,6 +436,21 @@ def special_token_ids(folder: Path, vocab_size: int) -> dict[str, int]:
     return {role: ids[token] for role, token in control.items()}
 
 
+def _check_same_tokenizer(folder: Path, trained: Path) -> None:
+    """CheckpointError where `folder` is not the tokenizer that the run was trained with, as far as that is still there:
+    a moved one is, another one gives ids that the weights know as other words."""
+    if not trained.is_dir() or folder.resolve() == trained.resolve():
+        return
+    ids, known = _token_ids(folder), _token_ids(trained)
+    different = sorted(known.items() ^ ids.items(), key=lambda item: item[1])
+    if different:
+        token = different[0][0]
+        raise CheckpointError(
+            f"the tokenizer in {folder} is not that of the run ({trained}): {len(different)} entries differ, the first "
+            f"is {token!r}, id {known.get(token)} there and {ids.get(token)} here; leave --tokenizer out"
+        )
+
+
 def _control_tokens(ids: dict[str, int]) -> dict[str, str]:
     """The token of each role in a tokenizer's vocabulary."""
     control = dict(CONTROL_TOKENS)
@@ -500,7 +534,7 @@ def _check_tensors(weights: Weights, model: Model) -> None:
         raise CheckpointError(f"the checkpoint does not hold the recipe's model:\n  {shown}")
 
 
-def _check_space(out: Path, partial: Path, total: int) -> None:
+def check_space(out: Path, partial: Path, total: int) -> None:
     """What an interrupted export has left counts as free: it is kept or removed."""
     parent = out.absolute().parent
     while not parent.exists():

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,11 +94,14 @@ def file_name(number: int, count: int) -> str:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Makes `folder` if need be and keeps other exports out of it. SetupError where one is at work there, or where the
-    folder cannot be made."""
+    """Makes `folder` if need be and keeps other exports out of it. SetupError where one is at work there, which is
+    named, or where the folder cannot be made."""
+    ended = SetupError(f"another export that was writing {folder} has ended just now; see what it wrote, and try again")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a")
+        lock = (folder / LOCK).open("a+")
+    except FileNotFoundError:  # the other one gave the folder its name
+        raise ended from None
     except OSError as error:
         raise SetupError(f"{folder}, in which the export is made, cannot be written: {error.strerror}") from None
     with lock as stream:
@@ -105,10 +109,21 @@ def held(folder: Path) -> Iterator[None]:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
+                stream.seek(0)
+                who = stream.read(200).strip() or "a process that has not said who it is"
                 raise SetupError(
-                    f"another export is writing {folder}; wait for it, or name another folder for this one"
+                    f"another export is writing {folder}: {who}; wait for it, or name another folder for this one"
                 ) from None
             log.debug("%s: this file system has no locks (%s)", folder, error)
+        try:
+            current = (folder / LOCK).stat().st_ino == os.fstat(stream.fileno()).st_ino
+        except OSError:
+            current = False
+        if not current:
+            raise ended
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
         yield
 
 

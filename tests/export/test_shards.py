@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gc
 import json
 import logging
@@ -25,7 +27,7 @@ from safetensors.torch import load_file
 
 from nvlm_train import checkpoint
 from nvlm_train.errors import CheckpointError, SetupError
-from nvlm_train.export import hf, shards
+from nvlm_train.export import adapter, hf, shards
 from nvlm_train.model import key_map
 from nvlm_train.model.pretrained import open_model_folder
 from saved_run import merged, save_run
@@ -281,7 +283,7 @@ def test_a_really_full_disk_keeps_what_is_finished_and_goes_on_when_there_is_roo
     try:
         with pytest.raises(SetupError, match=r"has 0\.00 GB free"):
             export(run, disk / "out")
-        monkeypatch.setattr(hf, "_check_space", lambda *args: None)
+        monkeypatch.setattr(hf, "check_space", lambda *args: None)
         monkeypatch.setattr(shards, "_THREADS", 1)
         (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - 150_000))
         with pytest.raises(SetupError, match=r"no space left .* of 9 shards are kept in .*\.out\.incomplete"):
@@ -309,13 +311,92 @@ def test_two_exports_into_one_folder_are_refused(tmp_path: Path, run: Path) -> N
             os._exit(0)
     os.read(ready[0], 1)
     try:
-        with pytest.raises(SetupError, match=r"another export is writing .*\.out\.incomplete"):
+        with pytest.raises(SetupError, match=rf"another export is writing .*\.out\.incomplete: process {pid} on "):
             export(run, tmp_path / "out")
         assert partial.is_dir()
     finally:
         os.write(done[1], b"1")
         os.waitpid(pid, 0)
     export(run, tmp_path / "out")
+
+
+def test_an_export_that_comes_a_moment_late_says_so(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one ends after this one has looked: before it makes its folder, before it has the lock, at the end."""
+    real, out = fcntl.lockf, tmp_path / "out"
+
+    def other_ends(*args: Any) -> None:
+        (tmp_path / ".out.incomplete" / shards.LOCK).unlink()
+        (tmp_path / ".out.incomplete").rename(out)
+        real(*args)
+
+    monkeypatch.setattr(fcntl, "lockf", other_ends)
+    with pytest.raises(SetupError, match=r"another export that was writing .*\.out\.incomplete has ended just now"):
+        export(run, out)
+    monkeypatch.setattr(fcntl, "lockf", real)
+    out.rmdir()
+
+    held = shards.held
+
+    def late(folder: Path) -> Any:
+        (out / "filled").mkdir(parents=True)
+        return held(folder)
+
+    monkeypatch.setattr(shards, "held", late)
+    with pytest.raises(CheckpointError, match="out exists and is not an empty folder"):
+        export(run, out)
+    monkeypatch.setattr(shards, "held", held)
+    shutil.rmtree(out)
+
+    monkeypatch.setattr(hf, "_sync", lambda path: (out / "filled").mkdir(parents=True, exist_ok=True))
+    with pytest.raises(CheckpointError, match="out was filled by another program"):
+        export(run, out)
+    assert [path.name for path in out.iterdir()] == ["filled"]
+
+
+def test_a_folder_of_adapters_is_written_as_carefully(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in one is tested where runs have adapters; here another export's folder, no room, and a full disk."""
+    from safetensors import SafetensorError
+
+    run: Any = Namespace(recipe=make_recipe(tmp_path))
+    monkeypatch.setattr(adapter, "_open_base", lambda *args: Namespace(num_dummy_heads=7))
+    monkeypatch.setattr(adapter, "adapter_tensors", lambda *args: {"a": torch.zeros(10)})
+    monkeypatch.setattr(adapter, "adapter_config", lambda *args: {})
+    monkeypatch.setattr(adapter.licence, "of_run", lambda *args: Namespace(research_only=False))
+    monkeypatch.setattr(adapter.licence, "write", lambda *args: None)
+    for name in ("training_of", "model_card", "identity"):
+        monkeypatch.setattr(adapter.card, name, lambda *args, **more: "")
+    partial = tmp_path / ".out.incomplete"
+
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.EAGAIN, "held")
+
+    partial.mkdir()
+    (partial / shards.LOCK).write_text("process 7 on there")
+    (partial / "model-00001-of-00002.safetensors").touch()
+    with monkeypatch.context() as other:
+        other.setattr(fcntl, "lockf", refuse)
+        with pytest.raises(SetupError, match=r"another export is writing .*: process 7 on there; wait"):
+            adapter.export_adapter(run, tmp_path / "out", tmp_path)
+    assert len(list(partial.iterdir())) == 2
+
+    def full(*args: Any, **more: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(SetupError, match="no space left while writing"):
+            adapter.export_adapter(run, tmp_path / "out", tmp_path)
+    assert not partial.exists() and not (tmp_path / "out").exists()
+    with monkeypatch.context() as disk:
+        disk.setattr(shutil, "disk_usage", lambda path: Namespace(free=1000))
+        with pytest.raises(SetupError, match="GB free, the export to"):
+            adapter.export_adapter(run, tmp_path / "out", tmp_path)
+    out = adapter.export_adapter(run, tmp_path / "out", tmp_path)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    with pytest.raises(CheckpointError, match="not an empty folder"):
+        adapter.export_adapter(run, tmp_path / "out", tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -511,6 +592,12 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, run: Path, toke
     words["added_tokens"].append({**words["added_tokens"][0], "id": 417, "content": "<more>"})
     (other / "tokenizer.json").write_text(json.dumps(words))
     with pytest.raises(CheckpointError, match=r"ids up to 417, but model.language_model.vocab_size is 417"):
+        command(run, tmp_path / "out", tokenizer=str(other))
+    words["added_tokens"].pop()
+    one, two = (token for token in words["model"]["vocab"] if words["model"]["vocab"][token] in (300, 301))
+    words["model"]["vocab"] |= {one: words["model"]["vocab"][two], two: words["model"]["vocab"][one]}
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(CheckpointError, match=r"is not that of the run .*: 4 entries differ, the first is .*, id 30"):
         command(run, tmp_path / "out", tokenizer=str(other))
     assert not (tmp_path / "out").exists()
 

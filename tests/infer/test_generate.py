@@ -6,6 +6,7 @@ import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from nvlm_train.data.images import ImageOptions
 from nvlm_train.errors import CheckpointError, DataError
-from nvlm_train.infer.generate import answer, generate_command, load_answerer
+from nvlm_train.infer.generate import Answerer, answer, generate_command, load_answerer
 
 
 @pytest.fixture
@@ -114,3 +116,10 @@ def test_a_plain_folder_answers_a_batch_as_it_answers_one(
 def test_a_mark_without_an_image_is_told_without_a_traceback(folders: dict[str, Path]) -> None:
     with pytest.raises(DataError, match=r"the prompt cannot be used: .* marks 1 images, but 0 are given"):
         generate_command(arguments(folders["nvlm"], prompt="what is <image>"))
+
+
+def test_images_are_opened_as_in_training() -> None:
+    settings = {"exif": "apply", "alpha": "white", "tile_size": 12}
+    answerer = Answerer(None, SimpleNamespace(settings=settings), has_vision=True)
+    assert answerer.images == ImageOptions("apply", "white", "clip")
+    assert Answerer(None, SimpleNamespace(), has_vision=False).images == ImageOptions()

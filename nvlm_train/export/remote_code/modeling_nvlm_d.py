@@ -188,6 +188,12 @@ def to_the_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tens
     return input_ids.gather(1, order), attention_mask.gather(1, order)
 
 
+def beside(module: nn.Module, x: Tensor) -> Tensor:
+    """x on the device of a module's weights; as it is where they are offloaded: what brings them moves x too."""
+    device = next(module.parameters()).device
+    return x if device.type == "meta" else x.to(device)
+
+
 def no_tokens(embeddings: Tensor) -> Tensor:
     """i64[B, 0], to which `generate` appends. Left to itself, version 4 puts them on the device of the first weight,
     which is none where weights are offloaded."""
@@ -248,16 +254,20 @@ class NVLM_D_Model(PreTrainedModel, GenerationMixin):
 
     def extract_feature(self, pixel_values: Tensor) -> Tensor:
         """Normalised tiles [T, 3, px, px] to image tokens [T, Q, D]."""
-        weight = self.vision_model.embeddings.class_embedding
-        if weight.device.type != "meta":  # offloaded: what brings the weights moves the input too
-            pixel_values = pixel_values.to(weight.device)
-        features = self.vision_model(pixel_values.to(weight.dtype))  # [T, P, E]
+        embeddings = self.vision_model.embeddings
+        pixel_values = beside(embeddings, pixel_values).to(embeddings.class_embedding.dtype)
+        features = self.vision_model(pixel_values)  # [T, P, E]
         return self.mlp1(pixel_shuffle(features))  # [T, Q, D]
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
         """[B, S] token ids to [B, S, D] embeddings, image tokens in the order of the tiles."""
         features = None if pixel_values is None or pixel_values.shape[0] == 0 else self.extract_feature(pixel_values)
-        return self.put_images(self.get_input_embeddings()(input_ids), input_ids, features)
+        return self.put_images(self.embed_tokens(input_ids), input_ids, features)
+
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """[B, S] token ids, wherever they are, to [B, S, D]."""
+        table = self.get_input_embeddings()
+        return table(beside(table, input_ids))
 
     def put_images(self, embeddings: Tensor, input_ids: Tensor, features: Tensor | None) -> Tensor:
         """features [T, Q, D] into the places of the image token, in order; ValueError where their numbers differ."""
@@ -328,12 +338,12 @@ class NVLM_D_Model(PreTrainedModel, GenerationMixin):
         if visual_features is None:
             embeddings = self.embed(input_ids, pixel_values)
         else:
-            embeddings = self.put_images(self.get_input_embeddings()(input_ids), input_ids, visual_features)
+            embeddings = self.put_images(self.embed_tokens(input_ids), input_ids, visual_features)
         self.language_model.generation_config = self.generation_config  # the folder's, and what was set here
         return self.language_model.generate(
             input_ids=no_tokens(embeddings),
             inputs_embeds=embeddings,
-            attention_mask=attention_mask,
+            attention_mask=attention_mask.to(embeddings.device),
             generation_config=generation_config,
             **kwargs,
         )

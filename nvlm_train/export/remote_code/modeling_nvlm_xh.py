@@ -227,7 +227,7 @@ class NVLM_X_Model(NVLM_D_Model):
 
         reads i64[n, 5], memory_tiles i64[N], memory_tags i64[N, L]: see the processor's `_memory`.
         """
-        embeddings = self.get_input_embeddings()(input_ids)  # [B, S, D]
+        embeddings = self.embed_tokens(input_ids)  # [B, S, D]
         if pixel_values is None or pixel_values.shape[0] == 0:
             return {"inputs_embeds": self.put_images(embeddings, input_ids, None)}
         if reads is None:
@@ -300,7 +300,7 @@ class NVLM_X_Model(NVLM_D_Model):
         self.language_model.generation_config = self.generation_config  # the folder's, and what was set here
         return self.language_model.generate(
             input_ids=no_tokens(prepared["inputs_embeds"]),
-            attention_mask=attention_mask,
+            attention_mask=attention_mask.to(prepared["inputs_embeds"].device),
             generation_config=generation_config,
             **prepared,
             **kwargs,
@@ -324,7 +324,7 @@ class NVLM_H_Model(NVLM_X_Model):
         memory_tiles, memory_tags = memory_tiles.to(features.device), memory_tags.to(features.device)
         in_sequence = torch.ones(len(features), dtype=torch.bool, device=features.device)  # [T]
         in_sequence[memory_tiles] = False
-        tags = self.get_input_embeddings()(memory_tags.clamp(min=0)).to(features)  # [N, L, D]
+        tags = self.embed_tokens(memory_tags.clamp(min=0)).to(features)  # [N, L, D]
         rows = torch.cat([tags, features[memory_tiles]], dim=1)  # [N, L + Q, D]
         real = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         real[:, : memory_tags.shape[1]] = memory_tags >= 0
