@@ -268,11 +268,11 @@ class NVLM_Processor:
             encoded.append(self.lay_out(prompt, [len(part) for part in cut], system, add_generation_prompt))
             pixels += cut
         longest = max(len(ids) for ids, _ in encoded)
-        data = {
+        padded = {
             "input_ids": [pad([self.tokenizer.pad_token_id] * (longest - len(ids)), ids, side) for ids, _ in encoded],
             "attention_mask": [pad([0] * (longest - len(ids)), [1] * len(ids), side) for ids, _ in encoded],
         }
-        data = {name: torch.tensor(values) for name, values in data.items()}
+        data = {name: torch.tensor(values) for name, values in padded.items()}
         if pixels:
             mean, std = (torch.tensor(self.settings[key]).reshape(1, 3, 1, 1) for key in ("image_mean", "image_std"))
             data["pixel_values"] = (torch.from_numpy(np.concatenate(pixels)).float() / 255 - mean) / std
