@@ -42,7 +42,7 @@ def cases(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     yield {
         "warning": case("warning", "idle"),
         "limit": case("limit", "idle", "--time=1", **early),
-        "preemption": case("preemption", "idle", "--partition=low", "--gpus-per-node=4", NVLM_RANKS_PER_NODE="1"),
+        "preemption": case("preemption", "idle", "--partition=low", "--gpus-per-node=20", NVLM_RANKS_PER_NODE="1"),
         "scancel": case("scancel", "idle"),
         "crash": case("crash", "crash", NVLM_MAX_WITHOUT_PROGRESS="2"),
         "recipe": case("recipe", "recipe"),
@@ -84,8 +84,9 @@ def test_a_preempted_job_goes_on_later(cases: Cases) -> None:
     place = cases["preemption"]
     at_step_10(place)
     cluster = place.cluster
+    # of 32 GPUs a node: more than this job leaves, so that it must go; the other cases have one each
     urgent = cluster.sbatch(
-        "--nodes=2", "--gpus-per-node=5", "--partition=high", "--output=/dev/null", "--wrap=sleep 1", cwd=place.folder
+        "--nodes=2", "--gpus-per-node=16", "--partition=high", "--output=/dev/null", "--wrap=sleep 1", cwd=place.folder
     )
     assert cluster.wait(urgent)["JobState"] == "COMPLETED"
     found = cluster.wait(place.job)
