@@ -115,7 +115,9 @@ def test_a_rank_that_crashes_at_once_is_not_started_for_ever(cases: Cases) -> No
 def test_a_mistake_of_the_user_is_not_tried_again(cases: Cases) -> None:
     place = cases["recipe"]
     found = place.cluster.wait(place.job)
-    assert (found["JobState"], found["Restarts"], found["ExitCode"]) == ("FAILED", "0", "2:0"), place.output()
+    # whose exit code the job has depends on which rank ends first
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), place.output()
+    assert "stop: a folder is missing" in place.output()
     place.submit(overrides=("max_stepz=3",))  # found before any rank is started
     found = place.cluster.wait(place.job)
     assert (found["JobState"], found["Restarts"], found["ExitCode"]) == ("FAILED", "0", "2:0")
