@@ -80,7 +80,7 @@ def has_namespaces() -> bool:
 class Cluster:
     """A cluster; `start` it, and use it as a context manager or call `close`."""
 
-    def __init__(self, folder: Path, nodes: int = 2, *, gpus: int = 8, plain: bool = False) -> None:
+    def __init__(self, folder: Path, nodes: int = 2, *, gpus: int = 32, plain: bool = False) -> None:
         self.folder = folder
         self.nodes = [f"node{i + 1}" for i in range(nodes)]
         self.gpus = gpus

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -16,12 +17,12 @@ from cluster import Cluster, NoCluster, install
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes; skipped, with the reason, where Slurm cannot run."""
+    """Two nodes; skipped, with the reason, where Slurm cannot run. NVLM_SLURM_PLAIN=1: without namespaces."""
     folder = Path(tempfile.mkdtemp(prefix="nvlm_slurm_"))  # pytest's own folders are closed to other users
     folder.chmod(0o755)
     try:
         install()
-        running = Cluster(folder)
+        running = Cluster(folder, plain=os.environ.get("NVLM_SLURM_PLAIN") == "1")
         running.start()
     except (NoCluster, OSError) as reason:
         shutil.rmtree(folder, ignore_errors=True)

@@ -42,7 +42,7 @@ def cases(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     yield {
         "warning": case("warning", "idle"),
         "limit": case("limit", "idle", "--time=1", **early),
-        "preemption": case("preemption", "idle", "--partition=low", "--gpus-per-node=4", NVLM_RANKS_PER_NODE="1"),
+        "preemption": case("preemption", "idle", "--partition=low", "--gpus-per-node=20", NVLM_RANKS_PER_NODE="1"),
         "scancel": case("scancel", "idle"),
         "crash": case("crash", "crash", NVLM_MAX_WITHOUT_PROGRESS="2"),
         "recipe": case("recipe", "recipe"),
@@ -84,8 +84,9 @@ def test_a_preempted_job_goes_on_later(cases: Cases) -> None:
     place = cases["preemption"]
     at_step_10(place)
     cluster = place.cluster
+    # of 32 GPUs a node: more than this job leaves, so that it must go; the other cases have one each
     urgent = cluster.sbatch(
-        "--nodes=2", "--gpus-per-node=5", "--partition=high", "--output=/dev/null", "--wrap=sleep 1", cwd=place.folder
+        "--nodes=2", "--gpus-per-node=16", "--partition=high", "--output=/dev/null", "--wrap=sleep 1", cwd=place.folder
     )
     assert cluster.wait(urgent)["JobState"] == "COMPLETED"
     found = cluster.wait(place.job)
@@ -114,7 +115,9 @@ def test_a_rank_that_crashes_at_once_is_not_started_for_ever(cases: Cases) -> No
 def test_a_mistake_of_the_user_is_not_tried_again(cases: Cases) -> None:
     place = cases["recipe"]
     found = place.cluster.wait(place.job)
-    assert (found["JobState"], found["Restarts"], found["ExitCode"]) == ("FAILED", "0", "2:0"), place.output()
+    # whose exit code the job has depends on which rank ends first
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), place.output()
+    assert "stop: a folder is missing" in place.output()
     place.submit(overrides=("max_stepz=3",))  # found before any rank is started
     found = place.cluster.wait(place.job)
     assert (found["JobState"], found["Restarts"], found["ExitCode"]) == ("FAILED", "0", "2:0")

@@ -5,6 +5,7 @@ The real thing is in test_slurm_jobs.py and test_slurm_training.py.
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import shutil
@@ -182,6 +183,16 @@ def test_preemption_and_the_time_limit_do_not_count_as_crashes(tmp_path: Path) -
     fake.job("JobState=RUNNING Reason=None PreemptTime=None")
     done = fake.train(NVLM_MAX_WITHOUT_PROGRESS="1", NVLM_LAUNCH="srun")
     assert done.returncode == 3 and "not requeued" in done.stderr
+
+
+def test_a_short_job_is_not_warned_before_it_begins(tmp_path: Path) -> None:
+    fake = Fake(tmp_path)
+    now = datetime.datetime.now()
+    start, end = (f"{time:%Y-%m-%dT%H:%M:%S}" for time in (now, now + datetime.timedelta(minutes=5)))
+    fake.job(f"JobState=RUNNING Reason=None PreemptTime=None StartTime={start} EndTime={end}")
+    done = fake.train(NVLM_LAUNCH="srun")
+    assert done.returncode == 0 and "it is warned 75 s before its end" in done.stdout, done.stdout + done.stderr
+    assert "finish their step" not in done.stdout and (fake.run / "DONE").exists()
 
 
 def test_a_preflight_that_fails_everywhere_excludes_nobody(tmp_path: Path) -> None:
