@@ -36,7 +36,8 @@ from nvlm_train.log import FORMAT
 
 BEAT_S = 5.0
 EXIT_CODES = {"done": 0, "requeue": 10, "stop": 11}
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|COOKIE", re.IGNORECASE)
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|COOKIE|JWT|AUTH", re.IGNORECASE)  # SLURM_JWT is one
+_LOGIN = re.compile(r"://[^/@\s]+@")  # in an address
 _SHOWN = re.compile(
     r"SLURM_|CUDA_|NCCL_|TORCH|OMP_|MKL_|HF_|TRANSFORMERS_|DS_|NVLM_|WANDB_|FI_|UCX_|GLOO_|MASTER_|RANK$|WORLD_SIZE$|"
     r"LOCAL_|PYTHON|TRITON_|HOSTNAME$|VIRTUAL_ENV$|CONDA_PREFIX$"
@@ -143,6 +144,7 @@ class Attempt:
         for variable in ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"):
             os.environ.setdefault(variable, str(self.folder.absolute() / "nccl_trace_rank_"))
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
     def mark(self, step: int, phase: str) -> None:
         """Where this rank stands, for heartbeat.json."""
@@ -174,12 +176,13 @@ class Attempt:
         now = time.time()
         if phase not in ("validation", "save"):  # the step at work has not ended
             step -= 1
+        step = max(step, self._first)
         value = {
             "outcome": outcome,
             "reason": reason,
             "ended": now,
             "from_step": self._first,
-            "last_step": max(step, self._first),
+            "last_step": step,
             "phase": phase,
             "saved_step": newest_step(self.run),
             "first_step_began": self._started,
@@ -228,7 +231,10 @@ def mark_done(run: Path, step: int) -> None:
 def shown_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that explain a training, without what could be a secret."""
     shown = {key: value for key, value in sorted(environ.items()) if _SHOWN.match(key)}
-    return {key: "(not shown)" if _SECRET.search(key) else value for key, value in shown.items()}
+    return {
+        key: "(not shown)" if _SECRET.search(key) else _LOGIN.sub("://(not shown)@", value)
+        for key, value in shown.items()
+    }
 
 
 def nodes_of_job() -> list[str]:

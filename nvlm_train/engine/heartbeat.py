@@ -6,7 +6,8 @@ the new one. Joining does not block: a rank that reads data for an hour beats me
 not longer than `distributed.rendezvous_s` for one that never came.
 
     current          the room
-    ROOM/member/R    who rank R is           ROOM/complete   "" when all are there, else what does not fit
+    ROOM/member/R    who rank R is
+    ROOM/complete    when all are there: "" or what does not fit; else "missing: " and who
     ROOM/beat/R      count, step, phase; last of all how it left
     ROOM/alarm       the first rank that finds something wrong says so to all
 
@@ -34,8 +35,9 @@ import torch.distributed as dist
 
 from nvlm_train.engine.dist import own_gpu
 from nvlm_train.engine.launch import Launch
-from nvlm_train.errors import SetupError
+from nvlm_train.errors import PeerError, SetupError
 
+_MISSING = "missing: "
 BEAT_S = 1.0
 LOOK_S = 6.0  # how long to look for a missing beat once something is wrong: several beats
 
@@ -95,10 +97,10 @@ class Standing:
         return f"{name} stands in {self.place}"
 
 
-def this_process(launch: Launch) -> Member:
-    """This rank's own entry."""
+def this_process(launch: Launch, with_gpu: bool = True) -> Member:
+    """This rank's own entry. with_gpu: False where asking the GPU who it is would fail."""
     gpu = ""
-    if torch.cuda.is_available():
+    if with_gpu and torch.cuda.is_available():
         gpu = str(torch.cuda.get_device_properties(own_gpu(launch)).uuid)
     machine = ""
     with contextlib.suppress(OSError):
@@ -121,9 +123,9 @@ def _process(pid: int) -> tuple[str, str] | None:
 class Heartbeat:
     """This rank's beat, and what the store says of the others. Use it in a `with`; `join` waits for all."""
 
-    def __init__(self, launch: Launch, rendezvous_s: float) -> None:
+    def __init__(self, launch: Launch, rendezvous_s: float, own: Member | None = None) -> None:
         self.launch, self.rendezvous_s = launch, rendezvous_s
-        self.own = this_process(launch)
+        self.own = this_process(launch) if own is None else own
         self.members: dict[int, Member] = {}
         self.missing: list[int] = []  # ranks that did not come in time, as rank 0 sees it
         self.alarm: dict[str, str] | None = None  # what another rank found, or this one
@@ -158,7 +160,8 @@ class Heartbeat:
     def join(self) -> dist.Store:
         """Waits for all ranks; returns the store in which the process groups meet.
 
-        Raises SetupError that names the missing ranks and the address, or what does not fit between ranks.
+        Raises PeerError that names the missing ranks and the address (starting again may help: a node may be gone), or
+        SetupError for what does not fit between ranks.
         """
         self._joined.wait()
         if self._error is not None:
@@ -235,16 +238,29 @@ class Heartbeat:
             if one.state in ("lost", "failed", "left") or (one.state == "silent" and one.silent_s > silent_s)
         ]  # fmt: skip
 
+    def look(self) -> list[Standing]:
+        """Who is missing now that something is wrong; takes a few beats where nobody has said anything."""
+        self.look_at_all = True
+        self.tell()
+        until = time.monotonic() + LOOK_S
+        while time.monotonic() < until:
+            found = [one for one in self.trouble(LOOK_S) if one.state in ("lost", "failed", "left")]
+            if found:
+                return [one for one in found if one.state != "left"] or found
+            time.sleep(0.1)
+        gone = [one for one in self.standings() if one.state == "done"]
+        return self.trouble(LOOK_S * 0.6) or gone
+
     # --------------------------------------------------------------------------------------------------- its own thread
 
     def _work(self) -> None:
         try:
             self._join()
-        except SetupError as error:
+        except (SetupError, PeerError) as error:
             self._error = error
             return
         except RuntimeError as error:  # torch's DistError
-            self._error = SetupError(
+            self._error = PeerError(
                 f"the job's store at {self.launch.address}:{self.launch.port} went away while the ranks were meeting "
                 f"({str(error).splitlines()[0]}): see why rank 0 ended"
             )
@@ -338,7 +354,7 @@ class Heartbeat:
                 cause = str(error)
             if time.monotonic() > until:
                 keeper = "torchrun's agent" if self.launch.agent_store else "rank 0"
-                raise SetupError(
+                raise PeerError(
                     f"{self.own.name} of {self.launch.world_size} found nobody at {address}:{port} in {limit_s:g} s "
                     f"(distributed.rendezvous_s): {cause}. There {keeper} should answer: it has not started, or "
                     "MASTER_ADDR and MASTER_PORT are wrong, or this host cannot reach it"
@@ -383,6 +399,8 @@ class Heartbeat:
                     self._call_the_roll(time.monotonic() > until)
                 if store.check([self._key("complete")]):
                     problem = store.get(self._key("complete")).decode()
+                    if problem.startswith(_MISSING):
+                        raise PeerError(problem.removeprefix(_MISSING))
                     if problem:
                         raise SetupError(problem)
                     texts = store.multi_get([self._key(f"member/{other}") for other in range(world)])
@@ -390,7 +408,8 @@ class Heartbeat:
                     return
             if rank != 0 and time.monotonic() > until + 5.0:  # rank 0 speaks first
                 why = f"another process is rank {rank} already" if refused else "rank 0 has not come"
-                raise SetupError(
+                kind = SetupError if refused else PeerError
+                raise kind(
                     f"{self.own.name} of {world} was not let in at {self.launch.address}:{self.launch.port} in "
                     f"{self.rendezvous_s:g} s (distributed.rendezvous_s): {why}"
                 )
@@ -415,7 +434,7 @@ class Heartbeat:
             self.missing = missing
             some = ", ".join(map(str, missing[:16])) + (f" and {len(missing) - 16} more" if len(missing) > 16 else "")
             hosts = ", ".join(sorted({member.host for member in members}))
-            problem = (
+            problem = _MISSING + (
                 f"{len(missing)} of {world} ranks have not come to {self.launch.address}:{self.launch.port} in "
                 f"{self.rendezvous_s:g} s (distributed.rendezvous_s): rank {some}. The others came from {hosts}; see "
                 "why the missing ones did not start, or whether their hosts reach this address"

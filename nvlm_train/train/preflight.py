@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +35,9 @@ from nvlm_train.data.sources import expand_sources, open_source
 from nvlm_train.data.sources.files import is_url
 from nvlm_train.data.tokenizer import load_tokenizer
 from nvlm_train.engine import dist
-from nvlm_train.engine.heartbeat import Heartbeat
+from nvlm_train.engine.heartbeat import LOOK_S, Heartbeat, Member, this_process
 from nvlm_train.engine.launch import Launch, resolve_launch
-from nvlm_train.errors import NvlmError, SetupError
+from nvlm_train.errors import NvlmError, PeerError, SetupError
 from nvlm_train.hub import local_folder
 from nvlm_train.log import get_logger
 from nvlm_train.plan.communication import communication
@@ -236,13 +238,13 @@ def bandwidth(world: dist.World, group: Any, size: int, seconds: float = 0.5) ->
 
     reduce(2)
     once = torch.tensor([reduce(2) / 2], dtype=torch.float64)
-    torch.distributed.all_reduce(once, torch.distributed.ReduceOp.MAX, group=world.control)
+    torch.distributed.all_reduce(once, torch.distributed.ReduceOp.MAX, group=group)  # gloo carries it
     times = max(2, min(50, int(seconds / max(float(once), 1e-6))))
     vector.fill_(0.0)
     return 2 * (ranks - 1) / ranks * size / (reduce(times) / times)
 
 
-def check_network(world: dist.World, launch: Launch, nodes: list[str], needed: dict[str, Any]) -> list[Finding]:
+def check_network(world: dist.World, nodes: list[str], needed: dict[str, Any], deadline: _Deadline) -> list[Finding]:
     """All-reduce inside each node, and across all, against what the recipe needs to hide its exchange."""
     if world.world_size == 1:
         return []
@@ -260,7 +262,10 @@ def check_network(world: dist.World, launch: Launch, nodes: list[str], needed: d
         if world.rank in ranks:
             own = group
     if min(map(len, of_node.values())) > 1:
-        rates = dist.gather(world, bandwidth(world, own, size) * 8 / 1e9)
+        deadline.begin("network in node")
+        own_rate = bandwidth(world, own, size) * 8 / 1e9
+        deadline.ended()
+        rates = dist.gather(world, own_rate)
         inside = {node: min(rates[rank] for rank in ranks) for node, ranks in of_node.items()}
         median = sorted(inside.values())[len(inside) // 2]
         for node, rate in inside.items():
@@ -272,6 +277,7 @@ def check_network(world: dist.World, launch: Launch, nodes: list[str], needed: d
             findings.append(
                 Finding("network in node", node, not slow, detail + ("; training will wait" if short else ""))
             )
+    deadline.begin("network")
     rate = min(dist.gather(world, bandwidth(world, None, size) * 8 / 1e9))
     if len(of_node) > 1:
         into_node = rate * max(map(len, of_node.values()))
@@ -287,39 +293,94 @@ def check_network(world: dist.World, launch: Launch, nodes: list[str], needed: d
 
 
 class _Deadline:
-    """Ends the process when a check takes too long, and names the nodes that have not come as far as this one."""
+    """Ends the process when a check takes too long, and names the nodes whose ranks have not ended the one at work.
+
+    Each rank says in the job's store which checks it has ended. The deadline asks over a connection of its own, because
+    the trainer's own thread may wait in the other for ever; and not longer than a few seconds, for the store's host may
+    be the one that is gone.
+    """
 
     def __init__(self, launch: Launch, node: str, limit_s: float, out: Path | None) -> None:
         self.launch, self.node, self.limit_s, self.out = launch, node, limit_s, out
         self.stage = "start"
-        self.store: Any = None
+        self.over = False
+        self.nodes: list[str] = []  # of each rank, once they have met
+        self.findings: list[Finding] = []  # so far
+        self._heartbeat: Heartbeat | None = None
+        self._store: Any = None
+        self._asks: Any = None
+        self._missing: list[str] | None = None
         self._timer = threading.Timer(limit_s, self._over)
         self._timer.daemon = True
         self._timer.start()
 
-    def reach(self, stage: str) -> None:
+    def meet(self, heartbeat: Heartbeat, store: Any) -> None:
+        """All ranks are there. store: of the trainer's own thread."""
+        self._heartbeat, self._store, self._asks = heartbeat, store, heartbeat.join()
+
+    def begin(self, stage: str) -> None:
         self.stage = stage
-        if self.store is not None:
-            self.store.set(f"preflight/{stage}/{self.launch.rank}", self.node)
+
+    def node_of(self, member: Member) -> str:
+        return self.nodes[member.rank] if self.nodes else member.host
+
+    def ended(self) -> None:
+        """This rank has done its part of the check, and waits for the others."""
+        if self._store is not None:
+            self._store.set(f"preflight/{self.stage}/{self.launch.rank}", "")
 
     def stop(self) -> None:
         self._timer.cancel()
 
     def _over(self) -> None:
-        missing: list[str] = []
-        if self.store is not None:
-            for rank in range(self.launch.world_size):
-                with contextlib.suppress(Exception):
-                    if not self.store.check([f"preflight/{self.stage} done/{rank}"]):
-                        missing.append(self.store.get(f"preflight/start/{rank}").decode())
-        names = sorted(set(missing))
-        text = f"preflight has not ended within {self.limit_s:g} s: {self.stage} on {', '.join(names) or self.node}"
-        if self.launch.rank == 0:
-            print(f"error: {text}\nfailed nodes: {','.join(names) or self.node}", file=sys.stderr, flush=True)
-            _write_out(self.out, [Finding(self.stage, name, False, text) for name in names or [self.node]])
-        else:
-            time.sleep(1.0)  # rank 0 speaks first
+        self.over = True
+        self._within(4.0 + LOOK_S, self._ask)
+        who = "on all nodes alike" if self._missing == [] else f"on {', '.join(self._missing or [self.node])}"
+        failed = [self.node] if self._missing is None else self._missing
+        if self._missing is None and self.nodes:  # the store does not answer: rank 0 or its host keeps it
+            failed, who = [self.nodes[0]], f"on {self.nodes[0]}, where nobody answers"
+        text = f"preflight has not ended within {self.limit_s:g} s: {self.stage} {who}"
+        # rank 0 speaks, and before the others end: srun and torchrun end a job with its first bad rank
+        if self.launch.rank == 0 or not self._within(30.0, self._hear):
+            print(f"error: {text}\nfailed nodes: {','.join(failed)}", flush=True)
+            self._within(5.0, partial(self._tell, text, failed))
+            time.sleep(1.0)  # for the others to hear it, if the store is kept here
         os._exit(1)
+
+    def _within(self, limit_s: float, do: Callable[[], None]) -> bool:
+        """Whether it was done, and in time."""
+        done = threading.Event()
+
+        def run() -> None:
+            with contextlib.suppress(RuntimeError):  # nobody answers
+                do()
+                done.set()
+
+        threading.Thread(target=run, daemon=True).start()
+        return done.wait(limit_s)
+
+    def _ask(self) -> None:
+        """Sets _missing: nodes that have not ended this check; none where that says nothing of a node."""
+        if self._asks is None:
+            return
+        ranks = [n for n in range(self.launch.world_size) if not self._asks.check([f"preflight/{self.stage}/{n}"])]
+        everyone = {self.nodes[rank] for rank in range(self.launch.world_size)} if self.nodes else set()
+        missing = {self.nodes[rank] for rank in ranks} if self.nodes else set()
+        if len(everyone) != 1 and missing in (everyone, set()):  # they wait for each other; is one of them silent?
+            assert self._heartbeat is not None
+            silent = [one for one in self._heartbeat.look() if one.state in ("lost", "failed", "silent")]
+            missing = {self.node_of(one.member) for one in silent}
+            missing = set() if missing == everyone else missing
+        self._missing = sorted(missing)
+
+    def _hear(self) -> None:
+        while not self._asks.check(["preflight/told"]):
+            time.sleep(0.1)
+
+    def _tell(self, text: str, failed: list[str]) -> None:
+        _write_out(self.out, [*self.findings, *(Finding(self.stage, name, False, text) for name in failed)])
+        if self._asks is not None and self.launch.rank == 0:
+            self._asks.set("preflight/told", "")
 
 
 def _write_out(out: Path | None, findings: list[Finding]) -> None:
@@ -329,27 +390,80 @@ def _write_out(out: Path | None, findings: list[Finding]) -> None:
         out.write_text(json.dumps({"failed": failed, "findings": [one._asdict() for one in findings]}, indent=1) + "\n")
 
 
+def _looked(check: str, node: str, look: Callable[[], list[Finding]]) -> list[Finding]:
+    """A check that breaks is a finding too: a GPU that answers with an error is why it was asked."""
+    try:
+        return look()
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        return [
+            Finding(check, node, False, first if isinstance(error, NvlmError) else f"{type(error).__name__}: {first}")
+        ]
+
+
 def preflight(recipe: Recipe, *, limit_s: float = LIMIT_S, out: Path | None = None) -> list[Finding]:
-    """Runs every check; all findings, on every rank. Raises SetupError that names ranks which never came."""
+    """Runs every check; all findings, on every rank.
+
+    Raises PeerError that names ranks which never came or were lost. Where it takes longer than
+    limit_s the process ends with exit code 1.
+    """
     launch = resolve_launch()
     resolved = resolve(recipe, launch.world_size)
     node = own_node()
     deadline = _Deadline(launch, node, limit_s, out)
     with contextlib.ExitStack() as stack:
         stack.callback(deadline.stop)
-        store = None
-        if launch.world_size > 1 and not torch.distributed.is_initialized():
-            heartbeat = stack.enter_context(Heartbeat(launch, min(recipe.distributed.rendezvous_s, limit_s / 2)))
-            try:
-                store = deadline.store = heartbeat.join()
-            except SetupError as error:
-                if launch.rank == 0:
-                    _tell_missing(launch, heartbeat.missing, str(error), out)
-                raise
-        deadline.reach("start")
-        world = dist.start(launch, min(recipe.distributed.timeout_s, limit_s), store)
-        stack.callback(dist.stop, world)
-        return _check(recipe, resolved, launch, world, node, deadline)
+        own = _first_look(launch, node)
+        deadline.begin("start")
+        patience_s = limit_s + 60.0  # of collectives: the deadline comes first, and says more
+        if launch.world_size == 1 or torch.distributed.is_initialized():
+            world = dist.start(launch, patience_s)
+            stack.callback(dist.stop, world)
+            _take(deadline, dist.gather(world, own))
+            _check(recipe, resolved, launch, world, node, deadline)
+            return deadline.findings
+        member = this_process(launch, with_gpu=bool(own[2]))
+        rendezvous_s = min(recipe.distributed.rendezvous_s, limit_s / 2)
+        heartbeat = stack.enter_context(Heartbeat(launch, rendezvous_s, member))
+        try:
+            store = heartbeat.join()
+        except (SetupError, PeerError) as error:
+            if launch.rank == 0:
+                _tell_missing(launch, heartbeat.missing, str(error), out)
+            raise
+        try:
+            deadline.meet(heartbeat, store)
+            store.set(f"preflight/{launch.rank}", json.dumps(own))
+            told = [json.loads(store.get(f"preflight/{rank}")) for rank in range(launch.world_size)]
+            _take(deadline, [(name, [Finding(*one) for one in seen], what) for name, seen, what in told])
+            if torch.cuda.is_available() and not all(one.good for one in deadline.findings):
+                return deadline.findings  # NCCL would wait for a GPU that is not there, or for another NCCL
+            world = dist.start(launch, patience_s, store)
+            stack.callback(dist.stop, world)
+            _check(recipe, resolved, launch, world, node, deadline)
+        except RuntimeError:
+            _tell_lost(launch, heartbeat, deadline, out)
+            raise
+        return deadline.findings
+
+
+_Look = tuple[str, list[Finding], dict[str, str]]
+
+
+def _first_look(launch: Launch, node: str) -> _Look:
+    """(node, findings of its GPU, software): what a rank can tell before it meets the others.
+
+    No software where the GPU failed: asking its libraries might end the process.
+    """
+    found = _looked("gpu", node, lambda: check_gpu(launch, node))
+    return node, found, software() if all(one.good for one in found) else {}
+
+
+def _take(deadline: _Deadline, looks: list[_Look]) -> None:
+    deadline.nodes = [node for node, _, _ in looks]
+    for _, found, _ in looks:
+        deadline.findings.extend(one for one in found if one not in deadline.findings)
+    deadline.findings.extend(check_same({node: what for node, _, what in looks if what}))
 
 
 def _tell_missing(launch: Launch, missing: list[int], why: str, out: Path | None) -> None:
@@ -361,29 +475,42 @@ def _tell_missing(launch: Launch, missing: list[int], why: str, out: Path | None
         print(f"failed nodes: {','.join(names)}", flush=True)
 
 
+def _tell_lost(launch: Launch, heartbeat: Heartbeat, deadline: _Deadline, out: Path | None) -> None:
+    """Names the nodes of ranks that ended in a check, and raises PeerError; returns where none did."""
+    gone = heartbeat.look()
+    if deadline.over:  # it speaks, and ends this process
+        time.sleep(120.0)
+    if not gone:
+        return
+    lost = {one.member.rank for one in gone}
+    text = "; ".join(one.text for one in gone[:8])
+    if launch.rank == min(set(range(launch.world_size)) - lost, default=0):
+        findings = [Finding(deadline.stage, deadline.node_of(one.member), False, one.text) for one in gone]
+        _write_out(out, [*deadline.findings, *findings])
+        print(f"failed nodes: {','.join(sorted({one.node for one in findings}))}", flush=True)
+    raise PeerError(f"preflight, {deadline.stage}: {text}") from None
+
+
 def _check(
     recipe: Recipe, resolved: Resolved, launch: Launch, world: dist.World, node: str, deadline: _Deadline
-) -> list[Finding]:
-    findings: list[Finding] = []
+) -> None:
+    """What needs the ranks' groups; adds to deadline.findings."""
+    findings, nodes = deadline.findings, deadline.nodes
 
-    def together(stage: str, look: Callable[[], list[Finding]], every_rank: bool = False) -> None:
-        """Findings of one rank of each node, or of all ranks; equal ones once."""
-        deadline.reach(stage)
-        own = look() if every_rank or launch.local_rank == 0 else []
-        deadline.reach(f"{stage} done")
+    def together(stage: str, look: Callable[[], list[Finding]]) -> None:
+        """Findings of one rank of each node."""
+        deadline.begin(stage)
+        own = _looked(stage, node, look) if launch.local_rank == 0 else []
+        deadline.ended()
         for one in dist.gather(world, own):
             findings.extend(finding for finding in one if finding not in findings)
 
-    nodes = dist.gather(world, node)
-    together("gpu", lambda: check_gpu(launch, node), every_rank=True)
     trained = sum(resolved.parameters["trainable"].values())
     needed = trained * bytes_per_parameter("step")
     together("disk", lambda: check_disk(Path(recipe.output_dir), needed, node))
-    findings.extend(_one_folder(Path(recipe.output_dir), world, node, nodes, deadline))
+    findings.extend(_one_folder(Path(recipe.output_dir), world, nodes, deadline))
     together("inputs", lambda: check_inputs(recipe, node))
-    deadline.reach("software")
-    findings.extend(check_same(dict(zip(nodes, dist.gather(world, software()), strict=True))))
-    deadline.reach("clock")
+    deadline.begin("clock")
     rounds = []
     for _ in range(5):
         dist.barrier(world)
@@ -391,22 +518,24 @@ def _check(
     findings.extend(check_clocks(rounds, nodes))
     hosts = dist.gather(world, socket.gethostname())
     together("names", lambda: check_names(hosts, socket.gethostbyname, node))
-    deadline.reach("network")
+    deadline.begin("network")
     asked = communication(recipe, world.world_size, launch.local_world_size)
-    findings.extend(check_network(world, launch, nodes, asked))
-    return findings
+    findings.extend(check_network(world, nodes, asked, deadline))
 
 
-def _one_folder(run: Path, world: dist.World, node: str, nodes: list[str], deadline: _Deadline) -> list[Finding]:
+def _one_folder(run: Path, world: dist.World, nodes: list[str], deadline: _Deadline) -> list[Finding]:
     """Whether every node sees in the run directory what rank 0 writes there."""
-    deadline.reach("shared folder")
+    deadline.begin("shared folder")
     name = dist.gather(world, f".preflight_shared_{os.getpid()}")[0]
     if world.rank == 0:
         with contextlib.suppress(OSError):
             run.mkdir(parents=True, exist_ok=True)
             (run / name).touch()
     dist.barrier(world)
-    seen = name in (os.listdir(run) if run.is_dir() else [])
+    seen = False
+    with contextlib.suppress(OSError):
+        seen = name in os.listdir(run)
+    deadline.ended()
     found = dist.gather(world, seen)
     if world.rank == 0:
         with contextlib.suppress(OSError):
@@ -435,14 +564,22 @@ def table(findings: list[Finding]) -> str:
 
 
 def preflight_command(args: argparse.Namespace) -> int:
+    # srun and torchrun end all ranks as soon as one has ended badly: time for the others to say which
+    signal.signal(signal.SIGTERM, _end_soon)
     loaded = load_recipe(args.recipe, args.overrides)
     out = Path(args.out) if args.out else None
     began = time.monotonic()
     findings = preflight(loaded.recipe, limit_s=args.limit_s, out=out)
     failed = sorted({one.node for one in findings if not one.good})
-    if os.environ.get("RANK", "0") == "0":  # written by engine.launch.export_launch
+    if resolve_launch().rank == 0:
         _write_out(out, findings)
         print(table(findings))
         print(f"{time.monotonic() - began:.1f} s; " + (f"failed nodes: {','.join(failed)}" if failed else "all good"))
         sys.stdout.flush()
     return 1 if failed else 0
+
+
+def _end_soon(number: int, frame: FrameType | None) -> None:
+    end = threading.Timer(2 * LOOK_S, os._exit, (128 + number,))
+    end.daemon = True
+    end.start()

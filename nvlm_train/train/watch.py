@@ -138,7 +138,7 @@ class Watch:
             heartbeat.raise_alarm("failed", f"{heartbeat.own.name} failed in {self._place()}: {text}")
             heartbeat.leave("failed", text)
             return error
-        found = self._look(heartbeat)
+        found = heartbeat.look()
         if not found and "imed out" not in str(error):
             return error  # a broken connection between ranks that are all there: its own words are all there is
         text = self._sentence(found or self._behind(heartbeat), heartbeat)
@@ -164,19 +164,6 @@ class Watch:
 
     def _outcome(self, code: int) -> tuple[str, str]:
         return ("lost", self._words) if code == 1 else ("stopped", self.stop.heard)
-
-    def _look(self, heartbeat: Heartbeat) -> list[Standing]:
-        """Who is missing; takes a few beats where nobody has said anything."""
-        heartbeat.look_at_all = True
-        heartbeat.tell()
-        until = time.monotonic() + LOOK_S
-        while time.monotonic() < until:
-            found = [one for one in heartbeat.trouble(LOOK_S) if one.state in ("lost", "failed", "left")]
-            if found:
-                return [one for one in found if one.state != "left"] or found
-            time.sleep(0.1)
-        gone = [one for one in heartbeat.standings() if one.state == "done"]
-        return heartbeat.trouble(LOOK_S * 0.6) or gone
 
     # ------------------------------------------------------------------------------------------------- its own thread
 

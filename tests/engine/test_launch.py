@@ -14,7 +14,7 @@ from helpers import free_port
 from nvlm_train.engine import heartbeat
 from nvlm_train.engine.heartbeat import Heartbeat, Member
 from nvlm_train.engine.launch import Launch, expand_tasks_per_node, first_host, resolve_launch
-from nvlm_train.errors import SetupError
+from nvlm_train.errors import PeerError, SetupError
 
 TORCHRUN = dict(
     RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4", MASTER_ADDR="host-a", MASTER_PORT="34399",
@@ -102,8 +102,8 @@ def meet(worlds: dict[int, int], *, wait_s: float = 2.0) -> dict[int, str]:
                 beats[rank].join()
                 told[rank] = ""
                 time.sleep(0.3)
-            except SetupError as error:
-                told[rank] = str(error)
+            except (SetupError, PeerError) as error:
+                told[rank] = f"{type(error).__name__}: {error}"
                 beats[rank].leave("failed", "refused")
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in worlds]
@@ -123,13 +123,19 @@ def test_a_missing_rank_is_named_with_the_address_in_time() -> None:
     told = meet({0: 4, 2: 4})
     assert time.monotonic() - begun < 30
     for rank in (0, 2):
-        assert "2 of 4 ranks have not come to 127.0.0.1:" in told[rank] and ": rank 1, 3." in told[rank]
+        assert told[rank].startswith("PeerError: 2 of 4 ranks have not come to 127.0.0.1:"), "starting again may help"
+        assert ": rank 1, 3." in told[rank]
         assert "distributed.rendezvous_s" in told[rank]
 
 
 def test_without_rank_0_nobody_waits_for_ever() -> None:
     (text,) = meet({1: 2}).values()
-    assert "found nobody at 127.0.0.1:" in text and "rank 0 should answer" in text and "refused" in text
+    assert (
+        text.startswith("PeerError: ")
+        and "found nobody at 127.0.0.1:" in text
+        and "rank 0 should answer" in text
+        and "refused" in text
+    )
 
 
 def test_another_world_size_on_one_rank_is_found_at_once() -> None:
@@ -137,7 +143,8 @@ def test_another_world_size_on_one_rank_is_found_at_once() -> None:
     told = meet({0: 3, 1: 2}, wait_s=60.0)
     assert time.monotonic() - begun < 30
     assert all(
-        "WORLD_SIZE is 3 for rank 0 (host " in text and "but 2 for rank 1 (host " in text for text in told.values()
+        "SetupError: WORLD_SIZE is 3 for rank 0 (host " in text and "but 2 for rank 1 (host " in text
+        for text in told.values()
     )
 
 

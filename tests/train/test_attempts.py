@@ -56,8 +56,14 @@ def test_names() -> None:
 
 
 def test_no_secret_is_written_down() -> None:
-    shown = shown_environment({"HF_TOKEN": "a", "WANDB_API_KEY": "b", "NCCL_DEBUG": "INFO", "HOME": "/x", "RANK": "3"})
-    assert shown == {"HF_TOKEN": "(not shown)", "NCCL_DEBUG": "INFO", "RANK": "3", "WANDB_API_KEY": "(not shown)"}
+    secret = {"HF_TOKEN": "a", "WANDB_API_KEY": "b", "SLURM_JWT": "c"}
+    shown = shown_environment(
+        {**secret, "NCCL_DEBUG": "INFO", "HOME": "/x", "RANK": "3", "HF_ENDPOINT": "https://me:word@hub.example/x"}
+    )
+    assert shown == {
+        **dict.fromkeys(secret, "(not shown)"), "NCCL_DEBUG": "INFO", "RANK": "3",
+        "HF_ENDPOINT": "https://(not shown)@hub.example/x",
+    }  # fmt: skip
 
 
 def test_a_folder_from_begin_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +87,10 @@ def test_a_folder_from_begin_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [(one.name, one.last_step) for one in past_attempts(tmp_path)] == [("9.0", 6), ("9.0-2", 8)]
     assert json.loads((tmp_path / "DONE").read_text())["step"] == 8
     assert "done: step 8" in (tmp_path / "attempts" / "9.0-2" / "rank_0.log").read_text()
+    third = Attempt(tmp_path, 0)
+    third.begin({"world_size": 2}, 8)
+    third.end("done", "nothing was left to do")
+    assert json.loads((tmp_path / "DONE").read_text())["step"] == 8 == past_attempts(tmp_path)[-1].last_step
 
 
 def test_the_command_of_a_batch_script(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,18 @@ import pytest
 from helpers import run_distributed
 from nvlm_train.train.preflight import Finding, check_clocks, check_same, table
 from runs import write_inputs
+from zygote import Zygote
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    with Zygote() as warm:
+        yield warm
 
 
 @pytest.mark.parametrize(
@@ -75,5 +84,39 @@ def test_the_command_ends_and_names_who_never_came(inputs: Path, tmp_path: Path)
     done = subprocess.run(
         [*command, "--limit-s", "8", "--out", str(out)], env=environ, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 2 and "failed nodes: bad\n" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "failed nodes: bad\n" in done.stdout, done.stdout + done.stderr
     assert json.loads(out.read_text())["failed"] == ["bad"]
+
+
+@pytest.mark.parametrize(
+    ("at", "rank", "how", "failed", "says"),
+    [
+        ("check_inputs", 1, "hang", ["node1"], "has not ended within 6 s: inputs on node1"),
+        ("check_gpu", 1, "raise", ["node1"], "ValueError: a bug of this rank"),
+        ("check_inputs", 0, "kill", ["node0"], "was lost"),
+        pytest.param("check_disk", 0, "hang", ["node0"], "6 s: disk on node0", marks=pytest.mark.slow),
+        pytest.param("check_names", 2, "stop", ["node2"], "6 s: names on node2", marks=pytest.mark.slow),
+        pytest.param("check_disk", 1, "raise", ["node1"], "ValueError: a bug", marks=pytest.mark.slow),
+        pytest.param("check_inputs", 1, "kill", ["node1"], "was lost", marks=pytest.mark.slow),
+        pytest.param("check_network", 1, "hang", [], "network on all nodes alike", marks=pytest.mark.slow),
+        pytest.param("check_network", 2, "stop", ["node2"], "network on node2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_node_that_ends_or_hangs_in_a_check_is_named(
+    zygote: Zygote, inputs: Path, tmp_path: Path, at: str, rank: int, how: str, failed: list[str], says: str
+) -> None:
+    """Three nodes of one rank. Nobody waits for ever, and none of the others is blamed."""
+    out = tmp_path / "found.json"
+    words = ["preflight", str(inputs), f"output_dir={tmp_path / 'run'}", "--limit-s", "6", "--out", str(out)]
+    fault = {"rank": rank, "at": at, "how": how}
+    began = time.monotonic()
+    job = zygote.start(words, ranks=3, log=tmp_path / "log", fault=fault, one_a_node=True)
+    others = [one for one in range(3) if one != rank or how not in ("stop", "kill")]
+    while any(job.codes()[one] is None for one in others) and time.monotonic() < began + 60:
+        time.sleep(0.05)
+    codes = job.codes()
+    job.kill()
+    assert all(codes[one] == 1 for one in others), (codes, job.text()[-3000:])
+    assert json.loads(out.read_text())["failed"] == failed, job.text()[-3000:]
+    assert f"failed nodes: {','.join(failed)}\n" in job.text() and says in job.text(), job.text()[-3000:]
+    assert "Traceback" not in job.text(), job.text()[-3000:]

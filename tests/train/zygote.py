@@ -8,8 +8,9 @@ the command line as a user would, and can be killed, stopped and signalled.
         os.kill(job.pids[1], signal.SIGKILL)
         assert job.wait(60) == [1, -9]
 
-A *fault* is injected into one rank: `{"rank": 1, "at": "save", "step": 4, "how": "kill"}`. at: a phase of `train.watch`
-or "fsync" (in the middle of a save). how: kill, stop, hang (busy, in no collective), raise, full (the disk).
+A *fault* is injected into one rank: `{"rank": 1, "at": "save", "step": 4, "how": "kill"}`. at: a phase of
+`train.watch`, "fsync" (in the middle of a save), or a function of `train.preflight`. how: kill, stop, hang (busy, in
+no collective), raise, full (the disk).
 """
 
 from __future__ import annotations
@@ -109,14 +110,19 @@ class Zygote:
         log: Path,
         fault: dict[str, Any] | None = None,
         samples: Path | None = None,
+        one_a_node: bool = False,
     ) -> Job:
-        """Forks the ranks. samples: a folder where each rank writes which samples it trained on."""
+        """Forks the ranks. samples: a folder where each rank writes which samples it trained on.
+
+        one_a_node: rank N is alone on the node "nodeN", as far as SLURM's variables tell it.
+        """
         from helpers import free_port
 
         self._number += 1
         order = {
             "number": self._number, "argv": list(argv), "ranks": ranks, "log": str(log), "fault": fault,
             "port": free_port(), "samples": None if samples is None else str(samples),
+            "one_a_node": one_a_node,
         }  # fmt: skip
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")
@@ -185,6 +191,8 @@ def _be_rank(rank: int, order: dict[str, Any]) -> None:
         for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ[name] = str(order["ranks"])
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(order["port"]))
+        if order["one_a_node"]:
+            os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", SLURMD_NODENAME=f"node{rank}")
         if order["samples"] is not None:
             _record_samples(Path(order["samples"]), order["number"], rank)
         if order["fault"] is not None and order["fault"]["rank"] == rank:
@@ -252,6 +260,16 @@ def _inject(fault: dict[str, Any]) -> None:
             strike()
         original_fsync(descriptor)
 
+    if fault["at"].startswith("check_"):
+        from nvlm_train.train import preflight
+
+        original_check = getattr(preflight, fault["at"])
+
+        def check(*given: Any) -> Any:
+            strike()
+            return original_check(*given)
+
+        setattr(preflight, fault["at"], check)
     Watch.mark, os.fsync = mark, fsync  # type: ignore[method-assign]
 
 
