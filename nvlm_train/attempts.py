@@ -65,6 +65,16 @@ def newest_step(run: Path) -> int:
     return max(steps, default=0)
 
 
+def logged_step(run: Path) -> int:
+    """Step of the last line of metrics.jsonl: how far the attempt before came, until this one cuts the file."""
+    with contextlib.suppress(OSError), (run / "metrics.jsonl").open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - (1 << 16)))
+        for line in reversed(stream.read().splitlines()):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                return int(json.loads(line)["step"])
+    return 0
+
+
 def _write(path: Path, value: Any) -> None:
     """Old file or new one, never half of one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -107,6 +117,7 @@ class Attempt:
             "attempt": name,
             "started": time.time(),
             "from_step": self._first,
+            "logged_step": logged_step(self.run),
             "nodes": nodes_of_job(),
             "command": sys.argv,
             "environment": shown_environment(os.environ),

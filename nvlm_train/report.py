@@ -4,8 +4,9 @@ Goodput is the share of the allocated time that was spent in steps which the run
 
     goodput = sum over attempts of ranks x seconds in kept steps / sum over attempts of ranks x (end - begin)
 
-A step is kept unless a later attempt began before it. Start-up, validation, saves, shut-down and the steps that were
-trained again are the rest. Time in the queue is not allocated and does not count.
+A step is kept unless a later attempt began before it; what rank 0 waited for data in it counts as kept, and is told
+beside it. Start-up, validation, saves, shut-down and the steps that were trained again are the rest. Time in the queue
+is not allocated and does not count.
 """
 
 from __future__ import annotations
@@ -76,11 +77,15 @@ def _attempt(one: Past, later: list[Past], steps: list[dict[str, Any]], now: flo
     running = one.end is None and not later and now - beat < STALE_S
     begun, ended = float(one.begin["started"]), now if running else one.ended
     first = int(one.begin["from_step"])
-    last = min([one.last_step, *(max(first, int(other.begin["from_step"])) for other in later)])
+    reached = one.last_step
+    startup = (one.end or one.heartbeat or {}).get("first_step_began")
+    if startup and later and one.end is None:  # its heartbeat is some seconds older than its end
+        reached = max(reached, int(later[0].begin["from_step"]), int(later[0].begin.get("logged_step") or 0))
+    last = min([reached, *(max(first, int(other.begin["from_step"])) for other in later)])
     of_it = [record for record in steps if first < int(record["step"]) <= last]
     kept_s = sum(float(record["seconds"]) for record in of_it)
-    startup = (one.end or one.heartbeat or {}).get("first_step_began")
-    lost = one.last_step - last
+    data_s = sum(float((record.get("time") or {}).get("data", 0.0)) for record in of_it)
+    lost = reached - last
     done = last - first
     each = kept_s / done if done > 0 else 0.0
     return {
@@ -92,11 +97,12 @@ def _attempt(one: Past, later: list[Past], steps: list[dict[str, Any]], now: flo
         "nodes": one.begin.get("nodes", []),
         "ranks": int(one.begin.get("world_size") or 1),
         "from_step": first,
-        "last_step": one.last_step,
+        "last_step": reached,
         "lost_steps": lost,
         "seconds": max(ended - begun, 0.0),
         "startup_s": startup - begun if startup else None,
         "kept_s": kept_s,
+        "data_s": data_s,
         "redone_s": lost * each,
     }
 
@@ -114,7 +120,7 @@ def text_of(found: dict[str, Any]) -> str:
     state = "done" if found["done"] else "not done"
     lines = [f"{found['run']}: {state}, step {found['step']}, newest checkpoint step {found['newest_checkpoint']}"]
     if found["loss"] is not None:
-        lines.append(f"loss {found['loss']:.4f}, {found['tokens_per_s']:,.0f} tokens/s, as logged last")
+        lines.append(f"loss {found['loss']:.4f}, {found['tokens_per_s'] or 0:,.0f} tokens/s, as logged last")
     if found["skipped_steps"]:
         lines.append(f"{found['skipped_steps']} steps left out because they were not finite")
     if found["validation"]:
@@ -137,12 +143,13 @@ def text_of(found: dict[str, Any]) -> str:
     lines.append("")
     lines += ["  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
     whole = sum(one["seconds"] for one in found["attempts"])
-    kept, redone = (sum(one[key] for one in found["attempts"]) for key in ("kept_s", "redone_s"))
+    kept, data, redone = (sum(one[key] for one in found["attempts"]) for key in ("kept_s", "data_s", "redone_s"))
     startup = sum(one["startup_s"] or 0.0 for one in found["attempts"])
     other = max(whole - kept - redone - startup, 0.0)
     lines += [
         "",
-        f"time        {_span(whole)} in {len(found['attempts'])} attempts: {_span(kept)} in steps that were kept, "
+        f"time        {_span(whole)} in {len(found['attempts'])} attempts: {_span(kept)} in steps that were kept "
+        f"({_span(data)} of it waiting for data), "
         f"{_span(startup)} start-up, about {_span(redone)} in {found['lost_steps']} steps that were lost, "
         f"{_span(other)} validation, saves and shut-down",
     ]

@@ -18,16 +18,22 @@ def write(path: Path, value: Any) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Killed in step 9 with a checkpoint of step 6 (4 ranks), then requeued on 2 ranks and stopped after step 10; then
-    running. Logged every 2 steps of 5 s."""
+    """Killed in step 9, a while after its heartbeat, with a checkpoint of step 6 (4 ranks); requeued on 2 ranks and
+    stopped after step 10; then running. Logged every 2 steps of 5 s."""
     (tmp_path / "recipe.json").write_text("{}")
-    records = [{"step": n, "seconds": 10.0, "loss": 3.0 - n / 10, "tokens_per_s": 1234.0} for n in (2, 4, 6, 8, 10)]
+    records = [
+        {"step": n, "seconds": 10.0, "loss": 3.0 - n / 10, "tokens_per_s": 1234.0, "time": {"data": 1.5}}
+        for n in (2, 4, 6, 8, 10)
+    ]
     lines = [json.dumps(record) for record in records] + ['{"step": 10, "validation": {"held": 1.5}}', '{"step": 1']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     attempts = tmp_path / "attempts"
     write(attempts / "7.0" / "begin.json", {"started": 1000.0, "from_step": 0, "world_size": 4, "nodes": ["a", "b"]})
-    write(attempts / "7.0" / "heartbeat.json", {"time": 1100.0, "step": 9, "first_step_began": 1020.0})
-    write(attempts / "7.1" / "begin.json", {"started": 2000.0, "from_step": 6, "world_size": 2, "nodes": ["a"]})
+    write(attempts / "7.0" / "heartbeat.json", {"time": 1100.0, "step": 3, "first_step_began": 1020.0})
+    write(
+        attempts / "7.1" / "begin.json",
+        {"started": 2000.0, "from_step": 6, "world_size": 2, "nodes": ["a"], "logged_step": 8},
+    )
     write(attempts / "7.1" / "end.json", {"outcome": "stopped", "reason": "SIGUSR2", "ended": 2050.0, "last_step": 10,
                                           "first_step_began": 2010.0})  # fmt: skip
     write(attempts / "7.2" / "begin.json", {"started": 3000.0, "from_step": 10, "world_size": 2, "nodes": ["a"]})
@@ -50,7 +56,8 @@ def test_where_the_time_went(run: Path) -> None:
     assert found["damaged_lines"] == 1 and found["step"] == found["newest_checkpoint"] == 10
     text = report.text_of(found)
     assert "validation held 1.5000" in text and "1 lines of metrics.jsonl are no records" in text
-    assert "0:03:10 in 3 attempts: 0:00:50 in steps that were kept, 0:00:30 start-up, about 0:00:10 in 2 steps" in text
+    whole = "0:03:10 in 3 attempts: 0:00:50 in steps that were kept (0:00:08 of it waiting for data), "
+    assert f"{whole}0:00:30 start-up, about 0:00:10 in 2 steps" in text
     assert f"goodput     {found['goodput']:.1%}" in text
     assert report.describe(run, now=9999.0)["attempts"][2]["outcome"] == "killed"
 

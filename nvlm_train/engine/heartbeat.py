@@ -39,6 +39,7 @@ from nvlm_train.errors import PeerError, SetupError
 
 _MISSING = "missing: "
 BEAT_S = 1.0
+LEAVE_S = 5.0  # how long to wait for an answer of the store at the end
 LOOK_S = 6.0  # how long to look for a missing beat once something is wrong: several beats
 
 
@@ -156,6 +157,8 @@ class Heartbeat:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.leave("done" if kind is None else "failed", "" if kind is None else kind.__name__)
+        # Python ends threads that are inside torch's store by aborting the process
+        self._thread.join(LEAVE_S)
 
     def join(self) -> dist.Store:
         """Waits for all ranks; returns the store in which the process groups meet.

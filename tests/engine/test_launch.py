@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -206,3 +208,24 @@ def test_a_rank_that_leaves_says_why_and_one_that_does_not_is_lost(tmp_path: Pat
     assert "rank 2 (host" in texts[1] and "was lost" in texts[1]
     beats[2].leave("done", "")
     beats[0].leave("done", "")
+
+
+@pytest.mark.slow
+def test_a_rank_that_leaves_while_it_joins_ends_well() -> None:
+    """As on the complete run, where there is nothing to do: 2 of 36 were aborted before the thread was waited for."""
+    code = """
+import os, sys, time
+from nvlm_train.engine.heartbeat import Heartbeat
+from nvlm_train.engine.launch import Launch
+
+for n, port in enumerate(sys.argv[1:]):
+    pid = os.fork()
+    if pid == 0:
+        with Heartbeat(Launch("test", 0, 2, 0, 2, "127.0.0.1", int(port)), 30.0):
+            time.sleep(0.01 * n)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    ports = [str(free_port()) for _ in range(20)]
+    done = subprocess.run([sys.executable, "-c", code, *ports], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["0"] * 20, done.stderr[-2000:]
