@@ -332,7 +332,9 @@ def of_run(checkpoint: CheckpointWeights, stated: str | None = None, more: Mappi
     content = {"recipe": checkpoint.recipe, "earlier_run": checkpoint.earlier_run, "parts": checkpoint.parts}
     parts = provenance.parts_of_run(content)
     texts = provenance.read_texts(checkpoint.checkpoint.run, parts)
-    return judge(parts, stated or checkpoint.recipe.get("license"), more, texts)
+    if stated is None:  # an empty --license was stated as well, and must not fall back to the recipe's
+        stated = checkpoint.recipe.get("license")
+    return judge(parts, stated, more, texts)
 
 
 def _asked(names: Iterable[str]) -> frozenset[str]:

@@ -519,8 +519,10 @@ def test_export_command_pushes_what_was_verified(
         ({"no_verify": True}, "--push goes with verified exports alone"),
         ({"push": None, "public": True}, "--public has no meaning without --push"),
         ({"license": ["MIT", "Apache-2.0"]}, "--license names 2 licences of the export"),
+        ({"license": ["data.a=MIT", "data.a=own"]}, "--license names 2 licences of data.a"),
+        ({"license": [""]}, "license: '' cannot be the licence of weights"),
     ):
-        with pytest.raises(SetupError, match=words):
+        with pytest.raises((SetupError, CheckpointError), match=words):
             command(FakeHub(), **wrong)
     with pytest.raises(CheckpointError, match=r"license: 'MIT' allows more than weights\.model does"):
         command(FakeHub(), license=["MIT"])
