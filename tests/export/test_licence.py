@@ -333,6 +333,8 @@ def test_verify_sees_that_a_mark_was_taken_off(
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "NOTICE").unlink()
     assert len(licence.problems_of(copy)) == 2
+    (copy / "config.json").write_text("{,}")
+    assert "config.json cannot be read (JSONDecodeError" in licence.problems_of(copy)[-1]
     record = json.loads((copy / "provenance.json").read_text())
     (copy / "provenance.json").write_text(json.dumps(record | {"license": "MIT"}))
     assert "cannot be read" in licence.problems_of(copy)[0]
