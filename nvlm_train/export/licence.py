@@ -332,7 +332,9 @@ def of_run(checkpoint: CheckpointWeights, stated: str | None = None, more: Mappi
     content = {"recipe": checkpoint.recipe, "earlier_run": checkpoint.earlier_run, "parts": checkpoint.parts}
     parts = provenance.parts_of_run(content)
     texts = provenance.read_texts(checkpoint.checkpoint.run, parts)
-    return judge(parts, stated or checkpoint.recipe.get("license"), more, texts)
+    if stated is None:  # an empty --license was stated as well, and must not fall back to the recipe's
+        stated = checkpoint.recipe.get("license")
+    return judge(parts, stated, more, texts)
 
 
 def _asked(names: Iterable[str]) -> frozenset[str]:
@@ -635,7 +637,10 @@ def problems_of(folder: Path, *, passed_on: bool = False) -> list[str]:
         if RESEARCH not in card.split("---\n", 2)[-1][:1000].lower():
             problems.append(f"README.md does not say at its top that the weights are for {RESEARCH} only")
         file = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
-        config = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+        try:
+            config = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+        except (OSError, ValueError) as error:
+            return [*problems, f"{file} cannot be read ({type(error).__name__}: {error}); export again"]
         if config.get(RESEARCH_KEY) != record.label:
             problems.append(f"config: {RESEARCH_KEY} is {config.get(RESEARCH_KEY)!r}, not {record.label!r}")
     return problems

@@ -333,6 +333,8 @@ def test_verify_sees_that_a_mark_was_taken_off(
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "NOTICE").unlink()
     assert len(licence.problems_of(copy)) == 2
+    (copy / "config.json").write_text("{,}")
+    assert "config.json cannot be read (JSONDecodeError" in licence.problems_of(copy)[-1]
     record = json.loads((copy / "provenance.json").read_text())
     (copy / "provenance.json").write_text(json.dumps(record | {"license": "MIT"}))
     assert "cannot be read" in licence.problems_of(copy)[0]
@@ -519,8 +521,10 @@ def test_export_command_pushes_what_was_verified(
         ({"no_verify": True}, "--push goes with verified exports alone"),
         ({"push": None, "public": True}, "--public has no meaning without --push"),
         ({"license": ["MIT", "Apache-2.0"]}, "--license names 2 licences of the export"),
+        ({"license": ["data.a=MIT", "data.a=own"]}, "--license names 2 licences of data.a"),
+        ({"license": [""]}, "license: '' cannot be the licence of weights"),
     ):
-        with pytest.raises(SetupError, match=words):
+        with pytest.raises((SetupError, CheckpointError), match=words):
             command(FakeHub(), **wrong)
     with pytest.raises(CheckpointError, match=r"license: 'MIT' allows more than weights\.model does"):
         command(FakeHub(), license=["MIT"])
