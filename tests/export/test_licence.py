@@ -16,9 +16,10 @@ import pytest
 from nvlm_train import provenance
 from nvlm_train.errors import CheckpointError, SetupError
 from nvlm_train.export import hf, licence, push
-from nvlm_train.export.licence import canonical, judge
+from nvlm_train.export.licence import judge
 from nvlm_train.export.verify import verify
 from nvlm_train.provenance import Part, from_record, later_parts, parts_of
+from nvlm_train.recipe.licences import canonical
 from tiny_nvlm import MemoryWeights, make_recipe
 
 NVLM = "nvidia/NVLM-D-72B"
