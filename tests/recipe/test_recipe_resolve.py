@@ -508,7 +508,7 @@ def test_a_validation_without_anything_to_validate_on_is_refused(load):
         resolve(load("validation={every_steps: 3}"), 1)
 
 
-def test_a_licence_that_an_export_would_refuse_is_told_before_training() -> None:
+def test_a_licence_that_an_export_would_refuse_is_told_before_training(load):
     (warning,) = resolve(load("license=Apach-2.0"), 8).warnings
     assert warning.startswith("license 'Apach-2.0' is neither an SPDX identifier nor a licence known by name")
     first = next(iter(load().data.mixture))
