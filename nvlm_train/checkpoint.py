@@ -196,6 +196,9 @@ def find_step(path: str | Path) -> Path:
         state = "was never completed" if path.is_dir() else "does not exist"
         others = ", ".join(f"{kind}_{step}" for kind in KINDS for step in committed_steps(path.parent, kind)) or "none"
         raise CheckpointError(f"checkpoint {path} {state}; complete checkpoints in {path.parent}: {others}")
+    if not path.is_dir():
+        state = "is a file, no run" if path.exists() else "does not exist, so it holds no complete checkpoint"
+        raise CheckpointError(f"{path} {state}; right would be the folder of a run (output_dir of its recipe)")
     steps = committed_steps(path)
     if not steps:
         raise CheckpointError(f"{path} holds no complete checkpoint (no step_N/{COMMITTED}); train the run first")
@@ -716,7 +719,8 @@ class Checkpoint:
             if found != entry["bytes"]:
                 wrong = "is missing" if found is None else f"has {found:,} bytes"
                 raise CheckpointError(
-                    f"{file} {wrong}, its manifest says {entry['bytes']:,}: the checkpoint is damaged"
+                    f"{file} {wrong}, its manifest says {entry['bytes']:,} bytes: the checkpoint is damaged; "
+                    + self._others()
                 )
         self._reader = _Reader(self.path / "weights")
         self._reader.read_metadata()
@@ -730,7 +734,16 @@ class Checkpoint:
         sums = sha256_of([self.path / "weights" / name for name in files], desc)
         wrong = [name for name, found in zip(files, sums, strict=True) if found != files[name]["sha256"]]
         if wrong:
-            raise CheckpointError(f"{self.path / 'weights'}: checksum differs from the manifest in {', '.join(wrong)}")
+            raise CheckpointError(
+                f"{self.path / 'weights'}: checksum differs from the manifest in {', '.join(wrong)}: "
+                f"the checkpoint is damaged; {self._others()}"
+            )
+
+    def _others(self) -> str:
+        """What is left to use where this checkpoint is damaged."""
+        names = [f"{kind}_{step}" for kind in KINDS for step in committed_steps(self.run, kind)]
+        others = [name for name in names if name != self.path.name]
+        return f"other complete checkpoints in {self.run}: {', '.join(others) or 'none'}"
 
     def read_many(self, wanted: Mapping[tuple[str, str], tuple[int, int]]) -> dict[tuple[str, str], Tensor]:
         """{(name, key): (begin, end)} → {(name, key): [end - begin]}, ranges of the flattened parameters.

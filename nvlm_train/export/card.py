@@ -15,6 +15,7 @@ import yaml
 
 from nvlm_train.export import licence
 from nvlm_train.export.licence import Licences
+from nvlm_train.recipe.licences import canonical
 from nvlm_train.recipe.schema import HUB_PATH, LORA_TARGETS
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def _without_places(value: Any, key: str = "") -> Any:
 def _derivation(licences: Licences) -> list[str]:
     lines = ["| kind | part | licence | source |", "|---|---|---|---|"]
     for part in licences.parts:
-        names = [licence.canonical(name) or name for name in part.licences]
+        names = [canonical(name) or name for name in part.licences]
         stated = ", ".join(dict.fromkeys(names)) or ("see the parts it is made of" if part.recorded else "not stated")
         lines.append(f"| {part.kind} | {_cell(part.name)} | {_cell(stated)} | {_cell(part.source or 'not stated')} |")
     label = licences.label or "not stated; the parts above set the terms"

@@ -704,7 +704,10 @@ def _push_target(args: Namespace) -> tuple[Target | None, Any]:
 
 def _stated(given: Sequence[str]) -> tuple[str | None, dict[str, str]]:
     """--license LICENCE and --license PART=LICENCE, apart."""
-    more = dict(text.split("=", 1) for text in given if "=" in text)
+    more: dict[str, str] = {}
+    for part, licence_of_part in (text.split("=", 1) for text in given if "=" in text):
+        if more.setdefault(part, licence_of_part) != licence_of_part:
+            raise SetupError(f"--license names 2 licences of {part} ({more[part]}, {licence_of_part}); give one")
     whole = [text for text in given if "=" not in text]
     if len(whole) > 1:
         raise SetupError(f"--license names {len(whole)} licences of the export ({', '.join(whole)}); give one")

@@ -19,12 +19,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
-
 from nvlm_train import provenance
 from nvlm_train.errors import CheckpointError
 from nvlm_train.log import get_logger
 from nvlm_train.provenance import RECORD, RESEARCH_KEY, Part
+from nvlm_train.recipe.licences import NAMED, OWN, UNKNOWN, canonical
 
 if TYPE_CHECKING:
     from nvlm_train.checkpoint import CheckpointWeights
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 RESEARCH = "non-commercial research"
-UNKNOWN, OWN = "unknown", "own"
 CONFIGS = ("config.json", "adapter_config.json")  # where a program reads that weights are for research only
 FILES = ("LICENSE", "NOTICE", RECORD)  # of every export; texts of single works are LICENSE.NAME
 _NON_COMMERCIAL = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non-?commercial|research", re.IGNORECASE)
@@ -41,32 +39,6 @@ _NO_DERIVATIVES = re.compile(r"-nd(-|$)", re.IGNORECASE)
 _VERSION = re.compile(r"-\d+(\.\d+)*(-only|-or-later)?\+?$", re.IGNORECASE)
 
 
-class Named(NamedTuple):
-    """A licence without an SPDX identifier.
-
-    link: its text. notice: a line that its terms ask to keep. copy: they ask to pass on the text itself.
-    """
-
-    link: str | None = None
-    notice: str | None = None
-    research: bool = False
-    copy: bool = False
-
-
-_QWEN = "https://huggingface.co/Qwen/"
-NAMED = {
-    "tongyi-qianwen": Named(
-        _QWEN + "Qwen2-72B-Instruct/blob/main/LICENSE",
-        "Tongyi Qianwen is licensed under the Tongyi Qianwen LICENSE AGREEMENT, Copyright (c) Alibaba Cloud. All "
-        "Rights Reserved.",
-        copy=True,
-    ),
-    "qwen": Named(_QWEN + "Qwen2.5-72B-Instruct/blob/main/LICENSE"),
-    "qwen-research": Named(_QWEN + "Qwen2.5-3B-Instruct/blob/main/LICENSE", research=True),
-    **dict.fromkeys(("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma"), Named()),
-    **dict.fromkeys(("openrail", "creativeml-openrail-m", "bigscience-openrail-m", "bigcode-openrail-m"), Named()),
-    **dict.fromkeys(("fair-noncommercial-research-license", "research-only"), Named(research=True)),
-}
 # what the Hub takes as `license:`; anything else is `other` with a name and a link
 HUB_LICENCES = frozenset(
     "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigcode-openrail-m afl-3.0 artistic-2.0 "
@@ -135,21 +107,6 @@ def _base_of(part: Part) -> tuple[str, Base] | None:
 
 
 # ---------------------------------------------------------------------------------------------- what a licence asks for
-
-
-def canonical(name: str) -> str | None:
-    """A licence as it is written properly: `apache-2.0` is Apache-2.0, `Tongyi Qianwen` tongyi-qianwen. None: no SPDX
-    identifier or expression, no LicenseRef-NAME, and none of `NAMED`, unknown and own."""
-    plain = name.strip().lower().replace(" ", "-").replace("_", "-")
-    if plain in (*NAMED, UNKNOWN, OWN):
-        return plain
-    words = re.split(r"([\s()]+)", name.strip())
-    spelled = "".join(f"LicenseRef-{word.lower()}" if word.lower() in NAMED else word for word in words)
-    try:
-        found = str(canonicalize_license_expression(spelled))
-    except InvalidLicenseExpression:
-        return None
-    return re.sub(r"LicenseRef-([\w.-]+)", lambda m: m[1].lower() if m[1].lower() in NAMED else m[0], found)
 
 
 def _identifiers(licence: str) -> list[str]:
@@ -332,7 +289,9 @@ def of_run(checkpoint: CheckpointWeights, stated: str | None = None, more: Mappi
     content = {"recipe": checkpoint.recipe, "earlier_run": checkpoint.earlier_run, "parts": checkpoint.parts}
     parts = provenance.parts_of_run(content)
     texts = provenance.read_texts(checkpoint.checkpoint.run, parts)
-    return judge(parts, stated or checkpoint.recipe.get("license"), more, texts)
+    if stated is None:  # an empty --license was stated as well, and must not fall back to the recipe's
+        stated = checkpoint.recipe.get("license")
+    return judge(parts, stated, more, texts)
 
 
 def _asked(names: Iterable[str]) -> frozenset[str]:
@@ -635,7 +594,10 @@ def problems_of(folder: Path, *, passed_on: bool = False) -> list[str]:
         if RESEARCH not in card.split("---\n", 2)[-1][:1000].lower():
             problems.append(f"README.md does not say at its top that the weights are for {RESEARCH} only")
         file = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
-        config = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+        try:
+            config = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+        except (OSError, ValueError) as error:
+            return [*problems, f"{file} cannot be read ({type(error).__name__}: {error}); export again"]
         if config.get(RESEARCH_KEY) != record.label:
             problems.append(f"config: {RESEARCH_KEY} is {config.get(RESEARCH_KEY)!r}, not {record.label!r}")
     return problems

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from nvlm_train.engine.deepspeed_config import deepspeed_config, installed_deeps
 from nvlm_train.engine.memory import predict_memory
 from nvlm_train.errors import RecipeError
 from nvlm_train.model.flops import Flops, count_flops, count_parameters, trainable_parameters
+from nvlm_train.recipe.licences import canonical
 from nvlm_train.recipe.load import LoadedRecipe, find_key, flatten
 from nvlm_train.recipe.schema import HUB_PREFIX, REQUIRED, RUN_LENGTHS, Recipe, Section, all_keys
 from nvlm_train.recipe.yaml import describe
@@ -185,6 +186,16 @@ def _samples_per_pack(recipe: Recipe) -> int:
     return by_tokens if data.pack_tiles is None else min(by_tokens, data.pack_tiles // data.tiling.tiles_of_image)
 
 
+def _licences(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, licence) wherever a recipe states one."""
+    found = {"license": recipe.license}
+    for name in ("model", "vision", "language_model", "run"):
+        given = getattr(recipe.init_from, name)
+        found[f"init_from.{name}.license"] = given.license if given is not None else None
+    found |= {f"data.mixture.{name}.license": source.license for name, source in recipe.data.mixture.items()}
+    yield from ((key, stated) for key, stated in found.items() if stated is not None)
+
+
 def _warnings(recipe: Recipe, batch: BatchArithmetic, num_steps: int | None) -> tuple[str, ...]:
     warnings = []
     if batch.max_null_share > NULL_SHARE_WARNING and batch.packs is not None:
@@ -221,6 +232,12 @@ def _warnings(recipe: Recipe, batch: BatchArithmetic, num_steps: int | None) -> 
     warmup = warmup_steps(recipe, num_steps)
     if num_steps is not None and warmup is not None and warmup > num_steps:
         warnings.append(f"schedule.warmup_steps {warmup}: the run ends in the warm-up, at step {num_steps}")
+    for key, stated in _licences(recipe):
+        if canonical(stated) is None:
+            warnings.append(
+                f"{key} {stated!r} is neither an SPDX identifier nor a licence known by name, so an export will refuse "
+                "it; `unknown` says that nobody knows it"
+            )
     return tuple(warnings)
 
 

@@ -16,9 +16,10 @@ import pytest
 from nvlm_train import provenance
 from nvlm_train.errors import CheckpointError, SetupError
 from nvlm_train.export import hf, licence, push
-from nvlm_train.export.licence import canonical, judge
+from nvlm_train.export.licence import judge
 from nvlm_train.export.verify import verify
 from nvlm_train.provenance import Part, from_record, later_parts, parts_of
+from nvlm_train.recipe.licences import canonical
 from tiny_nvlm import MemoryWeights, make_recipe
 
 NVLM = "nvidia/NVLM-D-72B"
@@ -333,6 +334,8 @@ def test_verify_sees_that_a_mark_was_taken_off(
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "NOTICE").unlink()
     assert len(licence.problems_of(copy)) == 2
+    (copy / "config.json").write_text("{,}")
+    assert "config.json cannot be read (JSONDecodeError" in licence.problems_of(copy)[-1]
     record = json.loads((copy / "provenance.json").read_text())
     (copy / "provenance.json").write_text(json.dumps(record | {"license": "MIT"}))
     assert "cannot be read" in licence.problems_of(copy)[0]
@@ -519,8 +522,10 @@ def test_export_command_pushes_what_was_verified(
         ({"no_verify": True}, "--push goes with verified exports alone"),
         ({"push": None, "public": True}, "--public has no meaning without --push"),
         ({"license": ["MIT", "Apache-2.0"]}, "--license names 2 licences of the export"),
+        ({"license": ["data.a=MIT", "data.a=own"]}, "--license names 2 licences of data.a"),
+        ({"license": [""]}, "license: '' cannot be the licence of weights"),
     ):
-        with pytest.raises(SetupError, match=words):
+        with pytest.raises((SetupError, CheckpointError), match=words):
             command(FakeHub(), **wrong)
     with pytest.raises(CheckpointError, match=r"license: 'MIT' allows more than weights\.model does"):
         command(FakeHub(), license=["MIT"])

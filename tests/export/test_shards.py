@@ -519,6 +519,15 @@ def of_another_world_size(run: Path) -> None:
     shutil.copy(other / "weights" / "__1_0.distcp", run / "step_20" / "weights")
 
 
+def no_run(run: Path) -> None:
+    shutil.move(run, run.with_name("elsewhere"))
+
+
+def a_file(run: Path) -> None:
+    no_run(run)
+    run.write_text("run_name: tiny\n")
+
+
 def not_committed(run: Path) -> None:
     (run / "step_20" / "COMMITTED").unlink()
 
@@ -539,9 +548,11 @@ def base_changed(run: Path) -> None:
     [
         (truncated, r"__1_0\.distcp has [\d,]+ bytes, its manifest says"),
         (lost, r"__1_0\.distcp is missing, its manifest says"),
-        (of_another_step, r"checksum differs from the manifest in __1_0\.distcp"),
+        (of_another_step, r"manifest in __1_0\.distcp: the checkpoint is damaged; other complete checkpoints .*: none"),
         (of_another_world_size, r"__1_0\.distcp has [\d,]+ bytes, its manifest says"),
         (not_committed, r"holds no complete checkpoint"),
+        (no_run, r"run does not exist.*; right would be the folder of a run"),
+        (a_file, r"run is a file, no run; right would be the folder of a run"),
         (metadata_of_another, r"\.metadata has [\d,]+ bytes, its manifest says"),
         (base_changed, r"run_base\.safetensors has changed since the run started"),
     ],

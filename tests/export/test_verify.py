@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def checked(folder: Path, weights: Any, recipe: dict[str, Any], logits: bool = F
 def test_an_untouched_export_is_verified(exported: Path, weights: MemoryWeights, recipe: dict[str, Any]) -> None:
     report = checked(exported, weights, recipe, logits=True)
     assert report["ok"] and report["problems"] == [] and report["tensors"] == 73
-    assert all(check["ok"] for check in report["checks"]) and len(report["checks"]) == 8
+    assert all(check["ok"] for check in report["checks"]) and len(report["checks"]) == 9
     # worst case here 2 % of the tolerance of 2e-5 of the largest logit (only where rows are padded into one batch)
     assert all(result["max_difference"] <= result["tolerance"] / 4 for result in report["logits"].values())
 
@@ -421,3 +422,34 @@ def test_layer_by_layer_a_wrong_value_is_seen(tmp_path: Path, weights: MemoryWei
 def test_how_much_memory_is_enough() -> None:
     assert verify._not_enough_memory(10**15, {"torch_dtype": "bfloat16"}) is not None
     assert verify._not_enough_memory(1000, {"torch_dtype": "bfloat16"}) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tiles": 1}, {"image_mean": [0, 0, 0]}, {"image_std": [1, 1, 1]}, {"system": "other"}, {"system": None},
+        {"image_tokens_per_tile": 5}, {"thumbnail": False}, {"tile_tags": "none"}, {"prompt_template": "hf_nvlm"},
+        {"decode": "fast"}, {"exif": "apply"}, {"tile_size": 13}, {"thumbnail_tag": "<tile_global>"}, {"auto_map": {}},
+    ],
+)  # fmt: skip
+def test_a_processor_that_prepares_otherwise_is_detected(
+    copy: Path, weights: MemoryWeights, recipe: dict[str, Any], wrong: dict[str, Any]
+) -> None:
+    """With a checksum that agrees, as if the exporter had written it so."""
+    change_json(copy / "processor_config.json", lambda content: content.update(wrong))
+    renew_checksum(copy, "processor_config.json")
+    (problem,) = checked(copy, weights, recipe)["problems"]
+    assert problem.startswith(f"processor: {next(iter(wrong))}")
+
+
+def test_a_config_without_its_tower_is_told(copy: Path, weights: MemoryWeights, recipe: dict[str, Any]) -> None:
+    change_json(copy / "config.json", lambda content: content.pop("vision_config"))
+    report = checked(copy, weights, recipe)
+    assert not report["ok"] and any("vision_config.num_dummy_heads is None" in text for text in report["problems"])
+
+
+def renew_checksum(folder: Path, name: str) -> None:
+    file = folder / "SHA256SUMS"
+    digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    lines = file.read_text().splitlines()
+    file.write_text("".join(f"{digest}  {name}\n" if line.endswith(f"  {name}") else f"{line}\n" for line in lines))

@@ -506,3 +506,12 @@ def test_memory_of_the_full_size_is_that_of_the_table():
 def test_a_validation_without_anything_to_validate_on_is_refused(load):
     with pytest.raises(RecipeError, match="names nothing to validate on"):
         resolve(load("validation={every_steps: 3}"), 1)
+
+
+def test_a_licence_that_an_export_would_refuse_is_told_before_training(load):
+    (warning,) = resolve(load("license=Apach-2.0"), 8).warnings
+    assert warning.startswith("license 'Apach-2.0' is neither an SPDX identifier nor a licence known by name")
+    first = next(iter(load().data.mixture))
+    (warning,) = resolve(load(f"data.mixture.{first}.license=CC-BY4"), 8).warnings
+    assert warning.startswith(f"data.mixture.{first}.license 'CC-BY4' is neither")
+    assert resolve(load("license=tongyi-qianwen", f"data.mixture.{first}.license=unknown"), 8).warnings == ()

@@ -25,6 +25,7 @@ from place import REPOSITORY, Place, readable_by_all
 
 RECIPE = REPOSITORY / "recipes" / "tiny_d.yaml"
 STEPS = "max_steps=20"
+NO_DATA = "data.mixture.pairs.path=nowhere.jsonl"
 
 Cases = dict[str, Place]
 
@@ -176,13 +177,11 @@ def test_a_chain_that_broke_ends_by_itself(cluster: Cluster, tmp_path: Path) -> 
     options = f"--output={tmp_path}/out-%x-%j --oversubscribe"
     small = f"{options} --cpus-per-task=1"
     words = ["--nodes", "2", "--gpus-per-node", "1", "--gpu-options", options, "--cpu-options", small]
-    words += [str(first), str(second), "--export", str(tmp_path / "export"), "--", STEPS]
+    words += [str(first), str(second), "--export", str(tmp_path / "export"), "--", STEPS, NO_DATA]
     said = cluster.run("slurm/chain", *words, cwd=REPOSITORY, **place.environ).splitlines()
     assert [line.split()[1] for line in said] == ["prepare", "train", "prepare", "train", "export"]
     states = [cluster.wait(line.split()[0])["JobState"] for line in said]
-    assert (
-        states == ["FAILED"] * 5
-    )  # no demo data for the index, which is told, and the trainings are tried all the same
+    assert states == ["FAILED"] * 5  # no data for the index, which is told, and the trainings are tried all the same
     out = {path.name.rpartition("-")[0]: path.read_text() for path in sorted(tmp_path.glob("out-*"))}
     assert f"nothing done: {tmp_path}/first is not complete" in out["out-nvlm-train"]
     assert f"{tmp_path}/second is not complete (no file DONE): nothing was exported" in out["out-nvlm-export"]
